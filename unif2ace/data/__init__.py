@@ -1,0 +1,1 @@
+"""Labelled faces: drawing them, describing them, storing them, loading them."""
