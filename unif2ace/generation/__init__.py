@@ -1,0 +1,1 @@
+"""Parallel masked-token generation of faces, and decoding of answers."""
