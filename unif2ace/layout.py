@@ -1,0 +1,210 @@
+"""Rows of a packed batch: who sits where, who sees whom, and the index tensors that follow.
+
+Everything here is a function of a few integers per sequence (text rows, image rows, cached rows), known on the host.
+`Layout` derives index tensors from them once and keeps them, so that passes which repeat a layout (denoising steps)
+derive nothing, and no pass reads a value back from the device.
+
+Attention blocks are rectangles `(q_start, q_end, k_start, k_end, causal)`; a causal one is bottom-right aligned. Each
+sequence gives at most two: text causal then image full (generation), prefix full then text causal (understanding).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, chain
+
+import torch
+from torch import Tensor
+
+from unif2ace.config import TASKS
+from unif2ace.errors import UserError
+
+Block = tuple[int, int, int, int, bool]
+
+
+@dataclass(frozen=True)
+class SequenceLayout:
+    """One sequence of a packed batch, in row counts.
+
+    `text` counts text rows with their control tokens (t2i, sot, eot), `image` is N + 2 or 0, `answer` says how many of
+    the last text rows are trained answer tokens (with eot). `cached` rows already lie in row `cache_row` of the cache.
+    """
+
+    task: str
+    text: int
+    image: int
+    cached: int = 0
+    answer: int = 0
+    cache_row: int = 0
+
+    @property
+    def prefix(self) -> int:
+        """Rows of the fully connected understanding prefix (mmu and the image)."""
+        return self.image + 1 if self.task == "understanding" and self.image else 0
+
+    @property
+    def rows(self) -> int:
+        """Rows this sequence takes in the batch."""
+        return self.text + (self.prefix or self.image)
+
+    @property
+    def kept(self) -> int:
+        """Rows whose keys and values stay valid after this pass: all but the image rows of generation."""
+        return self.cached + (self.text if self.task == "generation" else self.rows)
+
+    def blocks(self, q: int, k: int) -> list[Block]:
+        """(q_start, q_end, k_start, k_end, causal) with the first row at `q`, its keys starting at `k`."""
+        generation = self.task == "generation"
+        first = self.text if generation else self.prefix  # generation: text, image; understanding: prefix, text
+        middle, end = k + self.cached + first, k + self.cached + self.rows
+        both = [(q, q + first, k, middle, generation), (q + first, q + self.rows, k, end, not generation)]
+        return [block for block in both if block[1] > block[0]]
+
+
+class Layout:
+    """Host-side description of a packed batch and the index tensors derived from it, each built once on first use.
+
+    Equal and hashable by (sequences, device). All sequences with image rows must have the same number of them.
+    """
+
+    def __init__(self, sequences: Sequence[SequenceLayout], device: torch.device | str = "cpu") -> None:
+        self.sequences = tuple(sequences)
+        self.device = torch.device(device)
+        self.image_length = max((s.image for s in self.sequences), default=0)
+        self._per_cache_length: dict[int, tuple[tuple[Block, ...], Tensor]] = {}
+        self._rotary: dict[tuple[int, float, torch.dtype], tuple[Tensor, Tensor]] = {}
+        if any(s.image not in (0, self.image_length) for s in self.sequences):
+            lengths = sorted({s.image for s in self.sequences})
+            raise UserError(f"Layout: all images of a batch must have one number of tokens, got image rows {lengths}")
+        if any(s.task == "understanding" and s.image and s.cached for s in self.sequences):
+            raise UserError("Layout: an understanding image starts its sequence, got one behind cached rows")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Layout) and (self.sequences, self.device) == (other.sequences, other.device)
+
+    def __hash__(self) -> int:
+        return hash((self.sequences, self.device))
+
+    def index(self, values: list[int], dtype: torch.dtype = torch.int64) -> Tensor:
+        """A host list as a tensor on the device of the layout."""
+        return torch.tensor(values, dtype=dtype).to(self.device, non_blocking=True)
+
+    def ranges(self, starts: list[int], lengths: list[int]) -> Tensor:
+        """Concatenation of start .. start + length - 1 over the sequences, without a Python loop over rows."""
+        begin, count = torch.tensor(starts, dtype=torch.int64), torch.tensor(lengths, dtype=torch.int64)
+        shift = (begin - count.cumsum(0) + count).repeat_interleave(count)
+        return (torch.arange(shift.numel()) + shift).to(self.device, non_blocking=True)
+
+    @cached_property
+    def starts(self) -> tuple[int, ...]:
+        """First row of each sequence, and the number of rows as the last entry."""
+        return tuple(accumulate((s.rows for s in self.sequences), initial=0))
+
+    @property
+    def num_rows(self) -> int:
+        """T."""
+        return self.starts[-1]
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """[T] int64, position of each row inside its sequence (cached rows count)."""
+        return self.ranges([s.cached for s in self.sequences], [s.rows for s in self.sequences])
+
+    @cached_property
+    def segments(self) -> tuple[tuple[int, int, int], ...]:
+        """(start, end, group) runs of consecutive rows of one task; groups are indices into `config.TASKS`."""
+        runs: list[tuple[int, int, int]] = []
+        for sequence, start in zip(self.sequences, self.starts, strict=False):
+            group = TASKS.index(sequence.task)
+            if runs and runs[-1][2] == group:
+                runs[-1] = (runs[-1][0], start + sequence.rows, group)
+            else:
+                runs.append((start, start + sequence.rows, group))
+        return tuple(runs)
+
+    @cached_property
+    def token_group(self) -> Tensor:
+        """[T] int32: 0 understanding, 1 generation."""
+        lengths = self.index([end - start for start, end, _ in self.segments])
+        return self.index([group for *_, group in self.segments], torch.int32).repeat_interleave(
+            lengths, output_size=self.num_rows
+        )
+
+    def _image_starts(self, task: str) -> list[int]:
+        """Row of soi in every sequence of `task` that has an image."""
+        pairs = zip(self.sequences, self.starts, strict=False)
+        return [start + (s.text if task == "generation" else 1) for s, start in pairs if s.task == task and s.image]
+
+    @cached_property
+    def num_images(self) -> tuple[int, int]:
+        """Images per task: (understanding, generation)."""
+        return len(self._image_starts(TASKS[0])), len(self._image_starts(TASKS[1]))
+
+    @cached_property
+    def image_rows(self) -> Tensor:
+        """[R] int64 rows soi .. eoi, *understanding images first, then generation*, each in sequence order."""
+        starts = [start for task in TASKS for start in self._image_starts(task)]
+        return self.ranges(starts, [self.image_length] * len(starts))
+
+    @cached_property
+    def image_rows_are_all(self) -> bool:
+        """True when the batch is image rows in `image_rows` order and nothing else (a denoising step)."""
+        return bool(self.sequences) and all(s.task == "generation" and s.rows == s.image for s in self.sequences)
+
+    @cached_property
+    def image_offsets(self) -> Tensor:
+        """[images + 1] int32 exclusive prefix sums of image rows, in `image_rows` order."""
+        return self.index([i * self.image_length for i in range(sum(self.num_images) + 1)], torch.int32)
+
+    @cached_property
+    def image_group(self) -> Tensor:
+        """[images] int32 task of each image, in `image_rows` order."""
+        return self.index([0] * self.num_images[0] + [1] * self.num_images[1], torch.int32)
+
+    @cached_property
+    def code_rows(self) -> Tensor:
+        """[images of generation * N] int64 rows of the image codes to predict, sequence after sequence."""
+        starts = self._image_starts("generation")
+        return self.ranges([start + 1 for start in starts], [self.image_length - 2] * len(starts))
+
+    @cached_property
+    def last_rows(self) -> Tensor:
+        """[sequences] int64 last row of each sequence: where the next token of an answer is predicted."""
+        return self.index([end - 1 for end in self.starts[1:]])
+
+    @cached_property
+    def answer_rows(self) -> Tensor:
+        """[A] int64 rows that predict a trained answer token (the target is the token of the next row)."""
+        pairs = zip(self.sequences, self.starts[1:], strict=True)
+        return self.ranges([end - s.answer - 1 for s, end in pairs], [s.answer for s in self.sequences])
+
+    @cached_property
+    def blocks(self) -> tuple[Block, ...]:
+        """Attention blocks when the keys are the rows of this batch (no cache)."""
+        pairs = zip(self.sequences, self.starts, strict=False)
+        return tuple(chain.from_iterable(s.blocks(start, start) for s, start in pairs))
+
+    def cache_access(self, max_length: int) -> tuple[tuple[Block, ...], Tensor]:
+        """(attention blocks over the flattened cache [rows * max_length], slots [T] where this batch's keys go)."""
+        if max_length not in self._per_cache_length:
+            bases = [s.cache_row * max_length for s in self.sequences]
+            triples = zip(self.sequences, self.starts, bases, strict=False)
+            blocks = tuple(chain.from_iterable(s.blocks(start, base) for s, start, base in triples))
+            begin = [base + s.cached for s, base in zip(self.sequences, bases, strict=True)]
+            self._per_cache_length[max_length] = blocks, self.ranges(begin, [s.rows for s in self.sequences])
+        return self._per_cache_length[max_length]
+
+    def rotary(self, dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin, each [T, 1, dim / 2] in `dtype` (computed in float32)."""
+        key = (dim, theta, dtype)
+        if key not in self._rotary:
+            frequency = theta ** (-torch.arange(0, dim, 2, device=self.device, dtype=torch.float32) / dim)
+            angle = (self.positions.float()[:, None] * frequency)[:, None]
+            self._rotary[key] = angle.cos().to(dtype), angle.sin().to(dtype)
+        return self._rotary[key]
+
+    def to(self, device: torch.device | str) -> Layout:
+        """The same layout for another device."""
+        return self if torch.device(device) == self.device else Layout(self.sequences, device)

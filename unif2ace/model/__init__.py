@@ -1,0 +1,1 @@
+"""The transformer: attention, the two levels of grouped mixture of experts, checkpoints."""

@@ -1,0 +1,120 @@
+"""Omni-attention layer and the key/value cache.
+
+    qkv = W_qkv h + b           one matrix product, rows [q | k | v]
+    q, k = LN_q(q), LN_k(k)     affine LayerNorm over each head, shared by the heads
+    q, k = rotary(q, k)         first `rotary_dim` of every head, halves paired (i, i + rotary_dim / 2)
+    out = W_o omni_attention(q, k, v, blocks) + b_o
+
+Cost per row: 4 H^2 multiply-adds in the projections, 2 H per key seen. Rows of all sequences share one projection; only
+the attention itself knows about sequences, through the blocks of the layout.
+
+The cache holds keys *after* LayerNorm and rotary, so a cached row is never touched again. It is one buffer
+[layers, rows, max_length, heads, head_dim]; a layer's slice, flattened to [rows * max_length, ...], is what the
+attention blocks address. Generation writes its image keys behind the cached text and overwrites them every step.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from unif2ace.config import UniF2aceConfig
+from unif2ace.errors import UserError
+from unif2ace.layout import Layout
+from unif2ace.ops import omni_attention
+
+
+class KVCache:
+    """Keys and values of all layers for up to `batch` sequences of up to `max_length` rows.
+
+    `lengths[row]` is the number of rows whose keys stay valid; the model advances it after each pass (image rows of
+    generation change every step, hence never count). A sequence with `cached == 0` starts its cache row anew.
+    Memory: 2 * layers * batch * max_length * hidden elements.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        batch: int,
+        max_length: int,
+        heads: int,
+        head_dim: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.keys = torch.zeros(num_layers, batch, max_length, heads, head_dim, dtype=dtype, device=device)
+        self.values = torch.zeros_like(self.keys)
+        self.lengths = [0] * batch
+        self.max_length = max_length
+
+    def check(self, layout: Layout) -> None:
+        """Raise `UserError` unless every sequence of `layout` fits its cache row and continues what lies there."""
+        rows = [sequence.cache_row for sequence in layout.sequences]
+        if len(set(rows)) != len(rows) or any(row < 0 or row >= len(self.lengths) for row in rows):
+            raise UserError(f"KVCache: sequences need distinct cache rows below {len(self.lengths)}, got {rows}")
+        for sequence in layout.sequences:
+            if sequence.cached + sequence.rows > self.max_length:
+                raise UserError(
+                    f"KVCache: a sequence of {sequence.cached + sequence.rows} rows does not fit max_length = "
+                    f"{self.max_length}"
+                )
+            if sequence.cached not in (0, self.lengths[sequence.cache_row]):
+                raise UserError(
+                    f"KVCache: cache row {sequence.cache_row} holds {self.lengths[sequence.cache_row]} rows, got a "
+                    f"sequence that continues {sequence.cached}"
+                )
+
+    def advance(self, layout: Layout) -> None:
+        """Record the rows that one pass over `layout` has added for good."""
+        for sequence in layout.sequences:
+            self.lengths[sequence.cache_row] = sequence.kept
+
+    def copy_row(self, source: int, targets: list[int]) -> None:
+        """Give rows `targets` the content of row `source`: a prompt shared by several images is prefilled once."""
+        length = self.lengths[source]
+        for buffer in (self.keys, self.values):
+            buffer[:, targets, :length] = buffer[:, source : source + 1, :length]
+        for target in targets:
+            self.lengths[target] = length
+
+    def write(self, layer: int, slots: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Store [T, heads, head_dim] at flat `slots` [T] and return the layer's flattened keys and values."""
+        keys, values = self.keys[layer].flatten(0, 1), self.values[layer].flatten(0, 1)
+        keys.index_copy_(0, slots, key)
+        values.index_copy_(0, slots, value)
+        return keys, values
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the first 2r dims of every head. x [T, heads, dim]; cos, sin [T, 1, r]. Source: RoFormer, half pairing."""
+    half = cos.shape[-1]
+    if not half:
+        return x
+    first, second, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
+
+
+class Attention(nn.Module):
+    """Multi-head omni-attention with per-head q/k LayerNorm and partial rotary embedding."""
+
+    def __init__(self, config: UniF2aceConfig) -> None:
+        super().__init__()
+        hidden, dim = config.hidden_size, config.head_dim
+        self.heads, self.head_dim = config.num_heads, dim
+        self.qkv = nn.Linear(hidden, 3 * hidden)
+        self.q_norm = nn.LayerNorm(dim, eps=config.layer_norm_eps)
+        self.k_norm = nn.LayerNorm(dim, eps=config.layer_norm_eps)
+        self.out = nn.Linear(hidden, hidden)
+
+    def forward(
+        self, h: Tensor, layout: Layout, rotary: tuple[Tensor, Tensor], cache: KVCache | None, layer: int
+    ) -> Tensor:
+        """h [T, H] (already normalised) -> [T, H]."""
+        query, key, value = self.qkv(h).view(len(h), 3, self.heads, self.head_dim).unbind(1)
+        query = apply_rotary(self.q_norm(query), *rotary)
+        key = apply_rotary(self.k_norm(key), *rotary)
+        blocks = layout.blocks
+        if cache is not None:
+            blocks, slots = layout.cache_access(cache.max_length)
+            key, value = cache.write(layer, slots, key, value)
+        return self.out(omni_attention(query, key, value, blocks).flatten(1))

@@ -1,0 +1,260 @@
+"""The UniF2ace transformer: embedding, L blocks, final LayerNorm, untied head.
+
+One block, with the parallel form of Phi (`parallel_block=True`), h = LN(x):
+
+    x = x + Attention(h) + TokenMoE(h)
+    x[image rows] = x + s * SequenceMoE(LN2(x))[image rows]
+
+and with `parallel_block=False` attention and token-level MoE follow each other, each behind its own LayerNorm. Without
+the MoE levels (`token_moe=None`, `sequence_moe=None`) the block is Show-o's: attention plus a dense FFN.
+
+The model maps packed rows to hidden rows [T, H]. The head is *not* applied here: losses and samplers take the hidden
+rows they need with `model.head.weight` and `model.head.bias` and read only the columns they need, so logits over the
+whole vocabulary are never stored. Forward cost: about 2 * active parameters (without embedding) FLOPs per row.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from unif2ace.config import UniF2aceConfig
+from unif2ace.errors import UserError
+from unif2ace.layout import Layout
+from unif2ace.model import weights
+from unif2ace.model.attention import Attention, KVCache
+from unif2ace.model.sequence_moe import MaskRatioEmbedding, SequenceMoE
+from unif2ace.model.token_moe import FeedForward, TokenMoE
+from unif2ace.ops import RoutingPlan
+from unif2ace.vocabulary import PackedBatch, Vocabulary
+
+Features = dict[str, Tensor]
+
+
+class ModelOutput(NamedTuple):
+    """Hidden rows [T, H] after the final LayerNorm, and the routing plans of each layer (empty lists without MoE).
+
+    `plans` are over tokens, `sequence_plans` over images (understanding first; empty when the batch has no image rows).
+    """
+
+    hidden: Tensor
+    plans: list[RoutingPlan]
+    sequence_plans: list[RoutingPlan]
+
+
+class Block(nn.Module):
+    """One transformer layer."""
+
+    def __init__(self, config: UniF2aceConfig) -> None:
+        super().__init__()
+        hidden, eps = config.hidden_size, config.layer_norm_eps
+        self.norm = nn.LayerNorm(hidden, eps=eps)
+        self.attention = Attention(config)
+        self.ffn_norm = None if config.parallel_block else nn.LayerNorm(hidden, eps=eps)
+        if config.token_moe is None:
+            self.ffn = FeedForward(hidden, config.ffn_width)
+        else:
+            self.ffn = TokenMoE(config.token_moe, hidden)
+        self.sequence_moe = None if config.sequence_moe is None else SequenceMoE(config)
+
+    def _feed_forward(self, h: Tensor, layout: Layout) -> tuple[Tensor, RoutingPlan | None]:
+        return self.ffn(h, layout) if isinstance(self.ffn, TokenMoE) else (self.ffn(h), None)
+
+    def forward(
+        self,
+        x: Tensor,
+        layout: Layout,
+        rotary: tuple[Tensor, Tensor],
+        cache: KVCache | None,
+        layer: int,
+        resampled: Features,
+    ) -> tuple[Tensor, RoutingPlan | None, RoutingPlan | None]:
+        """x [T, H] -> (x, token plan or None, sequence plan or None)."""
+        h = self.norm(x)
+        attended = self.attention(h, layout, rotary, cache, layer)
+        if self.ffn_norm is None:
+            update, plan = self._feed_forward(h, layout)
+            x = x + attended + update
+        else:
+            x = x + attended
+            update, plan = self._feed_forward(self.ffn_norm(x), layout)
+            x = x + update
+        if self.sequence_moe is None or not layout.image_length:
+            return x, plan, None
+        x, sequence_plan = self.sequence_moe(x, layout, resampled)
+        return x, plan, sequence_plan
+
+
+class UniF2ace(nn.Module):
+    """One transformer that understands and generates faces. `vocabulary` tells its ids, `head` is `nn.Linear(H, V)`."""
+
+    def __init__(self, config: UniF2aceConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.vocabulary = Vocabulary.of(config)
+        self.embedding = nn.Embedding(self.vocabulary.size, config.hidden_size)
+        rows = (config.image_rows, config.hidden_size)
+        self.image_positions = nn.Parameter(torch.empty(rows)) if config.image_positions else None
+        moe = config.sequence_moe
+        noisy = moe is not None and "noise" in moe.generation_experts
+        self.mask_ratio_embedding = MaskRatioEmbedding(moe.resampler_width) if noisy else None
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.final_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.head = nn.Linear(config.hidden_size, self.vocabulary.size)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise for training from scratch, from torch's global generator.
+
+        Matrices normal(0, init_std); those that write into the residual stream are divided by sqrt(2 L), so that its
+        variance does not grow with depth (GPT-2). LayerNorms are the identity, biases and mix scalars zero.
+        """
+        std = self.config.init_std
+        residual = (".attention.out.weight", ".down.weight", ".down_proj")
+        for name, parameter in self.named_parameters():
+            if name.endswith(".sequence_moe.scale"):
+                nn.init.constant_(parameter, self.config.sequence_moe.scale_init)
+            elif name.endswith((".bias", "_bias", ".mix")):
+                nn.init.zeros_(parameter)
+            elif parameter.dim() == 1:
+                nn.init.ones_(parameter)
+            elif name.startswith("layers.") and name.endswith(residual):
+                nn.init.normal_(parameter, std=std / (2 * self.config.num_layers) ** 0.5)
+            else:
+                nn.init.normal_(parameter, std=std)
+
+    def new_cache(self, batch: int, max_length: int) -> KVCache:
+        """An empty cache for `batch` sequences of up to `max_length` rows, in the model's dtype and on its device."""
+        config, weight = self.config, self.head.weight
+        return KVCache(
+            config.num_layers, batch, max_length, config.num_heads, config.head_dim, weight.dtype, weight.device
+        )
+
+    def sequence_memory(self, features: Features) -> list[Features]:
+        """S(F) of the given clip / face features for every layer, to be passed to `forward` instead of `features`.
+
+        It depends on the image alone: compute once, ask many questions. Per layer name -> [B, image rows, H].
+        """
+        if self.config.sequence_moe is None:
+            return [{} for _ in self.layers]
+        features = self._checked_features(features, None)
+        return [layer.sequence_moe.resample(features) for layer in self.layers]
+
+    def _checked_features(self, features: Features | None, images: int | None) -> Features:
+        """The features that understanding needs, checked; `images` None accepts any number of images."""
+        checked = {}
+        for name in self.config.sequence_moe.feature_names("understanding"):
+            rows, width = self.config.sequence_moe.feature_shape(name)
+            if features is None or name not in features:
+                raise UserError(
+                    f"UniF2ace: understanding an image needs the feature {name!r} [{images}, {rows}, {width}], got "
+                    f"{sorted(features) if features else 'none'}"
+                )
+            feature = features[name]
+            if feature.shape[1:] != (rows, width) or images not in (None, len(feature)):
+                raise UserError(
+                    f"UniF2ace: feature {name!r} must be [{images or 'B'}, {rows}, {width}], got {list(feature.shape)}"
+                )
+            checked[name] = feature.to(self.head.weight.dtype)
+        return checked
+
+    def _memories(
+        self,
+        layout: Layout,
+        mask_ratio: Tensor | None,
+        features: Features | None,
+        sequence_memory: list[Features] | None,
+    ) -> list[Features]:
+        """Per layer: S(F) of every feature that the images of this batch need."""
+        understood, generated = layout.num_images
+        memory: Features = {}
+        ready: list[Features] = [{} for _ in self.layers]
+        if understood and sequence_memory is not None:
+            if len(sequence_memory) != len(self.layers):
+                raise UserError(
+                    f"UniF2ace: sequence_memory must have one entry per layer, {len(self.layers)}, got "
+                    f"{len(sequence_memory)}"
+                )
+            ready = sequence_memory
+        elif understood:
+            memory.update(self._checked_features(features, understood))
+        if generated and self.mask_ratio_embedding is not None:
+            if mask_ratio is None or mask_ratio.shape != (generated,):
+                got = "none" if mask_ratio is None else list(mask_ratio.shape)
+                raise UserError(f"UniF2ace: mask_ratio must be [{generated}], one per generated image, got {got}")
+            memory["noise"] = self.mask_ratio_embedding(mask_ratio)
+        return [
+            {**given, **layer.sequence_moe.resample(memory)} for given, layer in zip(ready, self.layers, strict=True)
+        ]
+
+    def forward(
+        self,
+        batch: PackedBatch,
+        *,
+        mask_ratio: Tensor | None = None,
+        features: Features | None = None,
+        sequence_memory: list[Features] | None = None,
+        cache: KVCache | None = None,
+    ) -> ModelOutput:
+        """Hidden rows of a packed batch.
+
+        Args:
+            batch: T rows of any mixture of sequences of both tasks.
+            mask_ratio: [images of generation] float, n / N masked, in sequence order.
+            features: name ("clip", "face") -> [images of understanding, rows, width], in sequence order.
+            sequence_memory: instead of `features`, the result of `sequence_memory()`.
+            cache: keys and values of earlier rows; read and extended in place (inference only).
+
+        Raises:
+            UserError: wrong number of image tokens; missing or misshapen features or mask ratios; cached sequences
+                without a cache; a cache that does not fit, or used while gradients are recorded.
+        """
+        layout, config = batch.layout, self.config
+        if layout.image_length not in (0, config.image_rows):
+            raise UserError(
+                f"UniF2ace: images must have {config.num_image_tokens} tokens, got {layout.image_length - 2}"
+            )
+        if cache is None and any(sequence.cached for sequence in layout.sequences):
+            raise UserError("UniF2ace: the batch continues cached sequences, expected a cache, got none")
+        if cache is not None:
+            if torch.is_grad_enabled():
+                raise UserError("UniF2ace: a cache is filled in place, expected torch.no_grad(), got gradients enabled")
+            cache.check(layout)
+        x = self.embedding(batch.token_ids)
+        if self.image_positions is not None and layout.image_length:
+            x = x.index_add(0, layout.image_rows, self.image_positions.repeat(sum(layout.num_images), 1))
+        rotary = layout.rotary(config.rotary_dim, config.rotary_theta, x.dtype)
+        if config.sequence_moe is None:
+            memories: list[Features] = [{} for _ in self.layers]
+        else:
+            memories = self._memories(layout, mask_ratio, features, sequence_memory)
+        plans, sequence_plans = [], []
+        for index, (layer, memory) in enumerate(zip(self.layers, memories, strict=True)):
+            x, plan, sequence_plan = layer(x, layout, rotary, cache, index, memory)
+            plans.extend([] if plan is None else [plan])
+            sequence_plans.extend([] if sequence_plan is None else [sequence_plan])
+        if cache is not None:
+            cache.advance(layout)
+        return ModelOutput(self.final_norm(x), plans, sequence_plans)
+
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write `config.json` and `model.safetensors` (optionally stored as `dtype`), each complete or not at all."""
+        weights.save(Path(folder), self.config, self.state_dict(), dtype)
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    ) -> UniF2ace:
+        """Read what `save_pretrained` wrote, in evaluation mode; `dtype` None keeps the stored one.
+
+        Raises `UserError` for a missing, truncated or mismatching file.
+        """
+        config, state = weights.load(Path(folder), device)
+        with torch.device("meta"):
+            model = cls(config)
+        weights.check(Path(folder), {name: tensor.shape for name, tensor in model.state_dict().items()}, state)
+        model.load_state_dict(state, assign=True)
+        return model.to(dtype=dtype or state["head.weight"].dtype).eval()
