@@ -1,0 +1,105 @@
+"""Training of the transformer, from the section `[train]` of a recipe: mixed batches, the objective, held-out losses, sample grids."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from unif2ace.codec import SmallCodec
+from unif2ace.data.text import TextTokenizer
+from unif2ace.generation.plain import generate_codes
+from unif2ace.imaging import face_grid
+from unif2ace.model.transformer import UniF2ace
+from unif2ace.training.batches import MixedBatches, TokenizedFaces
+from unif2ace.training.fit import FitSettings, fit
+from unif2ace.training.objective import ObjectiveSettings, training_losses
+
+HELD_OUT_BATCHES = 4
+SAMPLES = 8
+
+
+@dataclasses.dataclass
+class ModelTraining(FitSettings):
+    """Settings of one training; `generation` + `understanding` sequences make a step's batch.
+
+    turns: questions asked in a row about one face; caption_share: share of understanding sequences that ask for a description instead.
+    The fields from `alpha` on are those of `ObjectiveSettings`.
+    """
+
+    generation: int = 24
+    understanding: int = 8
+    turns: int = 4
+    caption_share: float = 0.4
+    condition_dropout: float = 0.1
+    alpha: float = 0.01
+    score_weight: str = "sigma"
+    score_columns: str = "code"
+    ntp_weight: float = 1.0
+    generation_weight: float = 1.0
+    balance_weight: float = 0.01
+    z_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.batch_size = self.generation + self.understanding
+        super().__post_init__()
+
+    def objective(self) -> ObjectiveSettings:
+        names = [field.name for field in dataclasses.fields(ObjectiveSettings)]
+        return ObjectiveSettings(**{name: getattr(self, name) for name in names})
+
+
+def train_model(
+    settings: ModelTraining,
+    model: UniF2ace,
+    tokenizer: TextTokenizer,
+    codec: SmallCodec,
+    train: TokenizedFaces,
+    val: TokenizedFaces,
+    folder: Path,
+) -> dict[str, float]:
+    """Train `model` in place; returns the last held-out losses.
+
+    Writes `train.jsonl`, `checkpoint.pt` (resumable to the same losses) and `samples-<step>.png` (faces drawn from held-out captions)
+    into `folder`.
+    """
+    objective = settings.objective()
+
+    def batches(faces: TokenizedFaces) -> MixedBatches:
+        return MixedBatches(
+            faces,
+            tokenizer,
+            model.vocabulary,
+            generation=settings.generation,
+            turns=settings.turns,
+            caption_share=settings.caption_share,
+            condition_dropout=settings.condition_dropout,
+        )
+
+    train_batches, val_batches = batches(train), batches(val)
+
+    def losses(rows: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        batch = train_batches(rows, np.random.default_rng(generator.initial_seed()))
+        reports = training_losses(model, batch, objective)
+        return {**reports, "tokens": torch.tensor(float(batch.packed.layout.num_rows))}
+
+    evaluations = 0
+
+    def evaluate() -> dict[str, float]:
+        nonlocal evaluations
+        totals: dict[str, float] = {}
+        for index in range(HELD_OUT_BATCHES):
+            start = index * settings.batch_size % max(1, len(val.table) - settings.batch_size)
+            rows = torch.arange(start, start + settings.batch_size)
+            reports = training_losses(model, val_batches(rows, np.random.default_rng([settings.seed, index])), objective)
+            for name, value in reports.items():
+                totals[f"val_{name}"] = totals.get(f"val_{name}", 0.0) + float(value) / HELD_OUT_BATCHES
+        evaluations += 1
+        prompts = [val.table.captions[row][0].text for row in range(SAMPLES)]
+        codes = generate_codes(model, [tokenizer.encode(text) for text in prompts], list(range(SAMPLES)))
+        face_grid(codec.decode(codes), prompts, columns=4).save(folder / f"samples-{evaluations:03d}.png")
+        return totals
+
+    return fit("model", model, losses, settings, len(train.table), folder, evaluate)

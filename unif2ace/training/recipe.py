@@ -1,0 +1,234 @@
+"""A recipe: everything that turns nothing into a usable model, in one TOML file and one command.
+
+Stages, in order: draw the dataset, learn the tokenizer, train the codec, the two small frozen encoders and the judge, turn the faces into codes
+and features, train the transformer, export one folder that `UniF2acePipeline.from_pretrained` reads. Each stage leaves a file when it is
+done and is skipped when that file exists; an interrupted stage continues from its checkpoint.
+
+A recipe may say `extends = "other.toml"` and give only the fields that differ. With `reuse`, stages before `train` that are complete in another
+run's folder are read from there: an ablation trains one transformer, not six networks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from unif2ace.codec import SmallCodec
+from unif2ace.codec.pixels import to_float
+from unif2ace.config import preset
+from unif2ace.data.avatars import build_dataset
+from unif2ace.data.language import full_caption
+from unif2ace.data.loader import FaceTable
+from unif2ace.data.text import QUESTION_TEMPLATE, TextTokenizer
+from unif2ace.errors import UserError
+from unif2ace.evaluation.judge import JudgeTraining, train_judge
+from unif2ace.model.features import SmallClipEncoder, SmallFaceEncoder
+from unif2ace.model.transformer import UniF2ace
+from unif2ace.training.batches import TokenizedFaces
+from unif2ace.training.codec import CodecTraining, train_codec
+from unif2ace.training.encoders import ClipTraining, FaceTraining, train_clip, train_face
+from unif2ace.training.model import ModelTraining, train_model
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+SECTIONS = ("data", "tokenizer", "codec", "clip", "face", "judge", "model", "train")
+STAGES = ("data", "tokenizer", "codec", "clip", "face", "judge", "tokens", "train", "export")
+
+
+def read_recipe(path: Path) -> dict[str, dict]:
+    """The sections of a recipe, those of the recipes it `extends` underneath; `UserError` for bad TOML or unknown sections."""
+    try:
+        content = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"recipe {path}: cannot be read ({error.strerror})") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe {path}: expected TOML, got something else ({error})") from error
+    base = content.pop("extends", None)
+    unknown = sorted(set(content) - set(SECTIONS))
+    if unknown:
+        raise UserError(f"recipe {path}: unknown sections {', '.join(unknown)}; expected some of {', '.join(SECTIONS)}")
+    sections = read_recipe(path.parent / base) if base is not None else {}
+    for name, fields in content.items():
+        sections[name] = {**sections.get(name, {}), **fields}
+    return sections
+
+
+class Recipe:
+    """The stages of one recipe file working in one folder."""
+
+    def __init__(self, path: Path, out: Path, reuse: Path | None = None) -> None:
+        self.sections = read_recipe(path)
+        self.out, self.reuse = out, reuse
+        self._tables: dict[str, FaceTable] = {}
+
+    def section(self, name: str) -> dict:
+        return dict(self.sections.get(name, {}))
+
+    def folder(self, stage: str) -> Path:
+        if self.reuse is not None and stage not in ("train", "export") and self._complete(self.reuse / stage, stage):
+            return self.reuse / stage
+        return self.out / stage
+
+    def done(self, stage: str) -> bool:
+        return self._complete(self.folder(stage), stage)
+
+    @staticmethod
+    def _complete(folder: Path, stage: str) -> bool:
+        return _DONE[stage] is not None and (folder / _DONE[stage]).exists()
+
+    def table(self, split: str) -> FaceTable:
+        if split not in self._tables:
+            self._tables[split] = FaceTable.open(self.folder("data"), split)
+        return self._tables[split]
+
+    def tokenizer(self) -> TextTokenizer:
+        return TextTokenizer.from_pretrained(self.folder("tokenizer"))
+
+    # ---------------------------------------------------------------------------------------------------------- stages
+
+    def run_data(self) -> None:
+        build_dataset(self.folder("data"), **self.section("data"))
+
+    def run_tokenizer(self) -> None:
+        table = self.table("train")
+        texts = [caption.text for captions in table.captions for caption in captions]
+        texts += [full_caption(seen) for seen in table.attributes]
+        texts += [
+            f"{QUESTION_TEMPLATE.format(question=pair.question)} {pair.answer}" for pairs in table.questions for pair in pairs
+        ]
+        self.folder("tokenizer").mkdir(parents=True, exist_ok=True)
+        TextTokenizer.train(texts, **self.section("tokenizer")).save_pretrained(self.folder("tokenizer"))
+
+    def run_codec(self) -> None:
+        settings = CodecTraining.from_mapping(self.section("codec"))
+        train_codec(settings, self.table("train").images, self.table("val").images, self.folder("codec"))
+
+    def run_clip(self) -> None:
+        settings = ClipTraining.from_mapping(self.section("clip"))
+        train_clip(settings, self.table("train"), self.table("val"), self.tokenizer(), self.folder("clip"))
+
+    def run_face(self) -> None:
+        settings = FaceTraining.from_mapping(self.section("face"))
+        train_face(settings, self.table("train"), self.table("val"), self.folder("face"))
+
+    def run_judge(self) -> None:
+        settings = JudgeTraining.from_mapping(self.section("judge"))
+        train_judge(settings, self.table("train"), self.table("val"), self.folder("judge"))
+
+    def run_tokens(self) -> None:
+        """Codes and features of both splits, so that training never runs the frozen networks."""
+        codec = SmallCodec.from_pretrained(self.folder("codec"))
+        encoders = [SmallClipEncoder.from_pretrained(self.folder("clip")), SmallFaceEncoder.from_pretrained(self.folder("face"))]
+        self.folder("tokens").mkdir(parents=True, exist_ok=True)
+        for split in ("train", "val"):
+            parts: dict[str, list[torch.Tensor]] = {"codes": []} | {encoder.name: [] for encoder in encoders}
+            for images in self.table(split).images.split(256):
+                pixels = to_float(images)
+                with torch.no_grad():
+                    parts["codes"].append(codec.encode(pixels))
+                    for encoder in encoders:
+                        parts[encoder.name].append(encoder.encode(pixels))
+            torch.save({name: torch.cat(values) for name, values in parts.items()}, self.folder("tokens") / f"{split}.pt")
+
+    def tokenized(self, split: str) -> TokenizedFaces:
+        features = torch.load(self.folder("tokens") / f"{split}.pt", weights_only=True)
+        return TokenizedFaces(self.table(split), features.pop("codes"), features)
+
+    def run_train(self) -> None:
+        tokenizer = self.tokenizer()
+        # TOML has no null: `token_moe = false` stands for a model without that level.
+        fields = {name: None if value is False and name.endswith("_moe") else value for name, value in self.section("model").items()}
+        codec = SmallCodec.from_pretrained(self.folder("codec"))
+        derived = {"n_text": tokenizer.size, "end_of_text": tokenizer.end_of_text, "codebook_size": codec.codebook_size}
+        config = preset(fields.pop("preset"), **{**derived, **fields})
+        settings = ModelTraining.from_mapping(self.section("train"))
+        torch.manual_seed(settings.seed)
+        model = UniF2ace(config)
+        started = time.time()
+        scores = train_model(
+            settings, model, tokenizer, codec, self.tokenized("train"), self.tokenized("val"), self.folder("train")
+        )
+        model.save_pretrained(self.folder("train"), dtype=torch.bfloat16)
+        facts = {"machine": f"{platform.machine()}, {torch.get_num_threads()} threads", "torch": torch.__version__}
+        facts |= {"seconds": round(time.time() - started), "settings": dataclasses.asdict(settings), "scores": scores}
+        (self.folder("train") / "facts.json").write_text(json.dumps(facts, indent=2) + "\n")
+
+    def run_export(self) -> None:
+        """One folder with every part; written beside and renamed."""
+        partial = self.out / "export.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        sources = {
+            "train": ("model.safetensors", "config.json"),
+            "tokenizer": ("tokenizer.json",),
+            "codec": ("codec.safetensors", "codec.json"),
+            "clip": ("clip.safetensors", "clip.json"),
+            "face": ("face.safetensors", "face.json"),
+            "judge": ("judge.safetensors", "judge.json"),
+        }
+        for stage, names in sources.items():
+            for name in names:
+                shutil.copy(self.folder(stage) / name, partial / name)
+        (partial / "generation_config.json").write_text(json.dumps(GENERATION_DEFAULTS, indent=2) + "\n")
+        shutil.rmtree(self.folder("export"), ignore_errors=True)
+        partial.rename(self.folder("export"))
+
+
+GENERATION_DEFAULTS = {
+    "steps": 18,
+    "guidance_scale": 3.0,
+    "temperature": 1.0,
+    "remask_tau": 1.0,
+    "max_prompt_tokens": 128,
+    "max_new_tokens": 64,
+}
+
+# What each stage leaves behind when it is complete.
+_DONE = {
+    "data": None,  # draws what is missing
+    "tokenizer": "tokenizer.json",
+    "codec": "codec.json",
+    "clip": "clip.json",
+    "face": "face.json",
+    "judge": "judge.json",
+    "tokens": "val.pt",
+    "train": "facts.json",
+    "export": None,
+}
+
+
+def run_recipe(
+    path: str | Path,
+    out: str | Path,
+    stages: Sequence[str] | None = None,
+    reuse: str | Path | None = None,
+    say: Callable[[str], None] = print,
+) -> Path:
+    """Run `stages` (default: all) of the recipe at `path` inside the folder `out`; returns the exported folder.
+
+    Raises `UserError` for an unreadable recipe, an unknown stage or section, and whatever a stage refuses.
+    """
+    out = Path(out)
+    unknown = sorted(set(stages or ()) - set(STAGES))
+    if unknown:
+        raise UserError(f"stages: expected some of {', '.join(STAGES)}, got {', '.join(unknown)}")
+    recipe = Recipe(Path(path), out, None if reuse is None else Path(reuse))
+    for stage in stages or STAGES:
+        if recipe.done(stage):
+            say(f"{stage}: done before ({recipe.folder(stage)})")
+            continue
+        started = time.time()
+        getattr(recipe, f"run_{stage}")()
+        say(f"{stage}: done in {time.time() - started:.0f} s")
+    return recipe.folder("export")
