@@ -1,0 +1,193 @@
+"""Named problem sizes, shared by benchmarks and tests.
+
+For each op two tables: `<OP>` holds the sizes that people run (benchmarks, GPU tests), `<OP>_SMALL` small awkward ones
+for correctness on a CPU: primes, one of everything, nothing at all, K = E, groups of unequal size.
+
+Where the sizes come from: `unif2ace-1.8b` has hidden size 2048, two groups of 8 experts of width 512, top-4, 258 image
+rows per 256-pixel image (256 codes between soi and eoi); `avatars-tiny` is a few hundred wide. `h100-*` repeat the
+sizes of published measurements, so that figures can be laid side by side.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+
+@dataclass(frozen=True)
+class RoutingShape:
+    """T tokens choose top_k experts; `group_bounds` splits the experts, tokens spread evenly over the groups."""
+
+    tokens: int
+    group_bounds: tuple[int, ...]
+    top_k: int
+
+    @property
+    def experts(self) -> int:
+        return self.group_bounds[-1]
+
+    @property
+    def groups(self) -> int:
+        return len(self.group_bounds) - 1
+
+
+@dataclass(frozen=True)
+class ExpertShape:
+    """T tokens of width H through E experts of width I, top_k of them for each token."""
+
+    tokens: int
+    hidden: int
+    inner: int
+    experts: int
+    top_k: int
+    activation: str = "gelu_tanh"
+
+    @property
+    def up_rows(self) -> int:
+        return 2 * self.inner if self.activation in ("swiglu", "geglu") else self.inner
+
+    @property
+    def flops(self) -> int:
+        """Forward; backward takes twice as many."""
+        return 2 * self.tokens * self.top_k * self.hidden * (self.up_rows + self.inner)
+
+
+@dataclass(frozen=True)
+class MixShape:
+    """Packed sequences of `lengths` rows of width H, mixed with `features` streams."""
+
+    lengths: tuple[int, ...]
+    hidden: int
+    features: int
+
+    @property
+    def rows(self) -> int:
+        return sum(self.lengths)
+
+
+@dataclass(frozen=True)
+class SamplingShape:
+    """`images` times `rows` masked tokens, each drawn from `columns` codes, with or without guidance."""
+
+    images: int
+    rows: int
+    columns: int
+    guidance: bool = True
+
+
+@dataclass(frozen=True)
+class LossShape:
+    """R rows of width H against a head of V columns, the last `code_columns` of which are image codes."""
+
+    rows: int
+    hidden: int
+    columns: int
+    code_columns: int
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """`sequences` packed generation layouts: causal `text` rows, then `image` rows that see everything."""
+
+    sequences: int
+    text: int
+    image: int
+    heads: int
+    head_dim: int
+
+
+ROUTING = {
+    "decode-1": RoutingShape(1, (0, 8, 16), 4),
+    "decode-64": RoutingShape(64, (0, 8, 16), 4),
+    "generate-32": RoutingShape(2 * 32 * 258, (0, 8, 16), 4),
+    "train": RoutingShape(8192, (0, 8, 16), 4),
+    "sequences": RoutingShape(256, (0, 4, 8), 2),
+    "experts-128": RoutingShape(8192, (0, 128), 8),
+}
+ROUTING_SMALL = {
+    "no-token": RoutingShape(0, (0, 4), 2),
+    "one-token": RoutingShape(1, (0, 8, 16), 4),
+    "one-expert": RoutingShape(7, (0, 1), 1),
+    "all-experts": RoutingShape(13, (0, 5), 5),
+    "unequal-groups": RoutingShape(61, (0, 3, 14, 31), 3),
+    "primes": RoutingShape(521, (0, 17), 3),
+    "chunks": RoutingShape(2053, (0, 8, 16), 4),
+    "many-experts": RoutingShape(67, (0, 257), 8),
+}
+
+EXPERTS = {
+    "decode-1": ExpertShape(1, 2048, 512, 16, 4),
+    "decode-64": ExpertShape(64, 2048, 512, 16, 4),
+    "generate-32": ExpertShape(2 * 32 * 258, 2048, 512, 16, 4),
+    "train": ExpertShape(8192, 2048, 512, 16, 4),
+    "h100-fine": ExpertShape(8192, 2048, 1024, 16, 2),
+    "h100-sonic": ExpertShape(24576, 1536, 1024, 32, 2, "swiglu"),
+    "h100-liger": ExpertShape(8192, 2048, 768, 16, 8, "swiglu"),
+    "laptop": ExpertShape(1024, 512, 256, 8, 4),
+}
+EXPERTS_SMALL = {
+    "no-token": ExpertShape(0, 8, 16, 4, 2),
+    "one-token": ExpertShape(1, 16, 8, 4, 2),
+    "one-expert": ExpertShape(7, 8, 8, 1, 1, "silu"),
+    "all-experts": ExpertShape(9, 24, 16, 3, 3, "swiglu"),
+    "primes": ExpertShape(61, 29, 37, 7, 3, "relu2"),
+    "gated": ExpertShape(33, 32, 40, 5, 2, "geglu"),
+    "empty-experts": ExpertShape(5, 16, 16, 64, 2, "gelu"),
+}
+
+SEQUENCE_MIX = {
+    "understand-1": MixShape((258,), 2048, 2),
+    "generate-64": MixShape((258,) * 64, 2048, 1),
+    "train-512px": MixShape((1026,) * 16, 2048, 2),
+    "laptop": MixShape((66,) * 16, 256, 1),
+}
+SEQUENCE_MIX_SMALL = {
+    "no-row": MixShape((), 8, 1),
+    "one-row": MixShape((1,), 5, 2),
+    "no-feature": MixShape((3, 4), 7, 0),
+    "ragged": MixShape((5, 0, 13, 1, 31), 29, 3),
+}
+
+SAMPLING = {
+    "one-face": SamplingShape(1, 256, 8192),
+    "faces-32": SamplingShape(32, 256, 8192),
+    "faces-32-plain": SamplingShape(32, 256, 8192, guidance=False),
+    "faces-8-512px": SamplingShape(8, 1024, 8192),
+    "laptop": SamplingShape(4, 64, 512),
+}
+SAMPLING_SMALL = {
+    "no-row": SamplingShape(0, 5, 7),
+    "one-row": SamplingShape(1, 1, 2),
+    "one-code": SamplingShape(3, 2, 1, guidance=False),
+    "primes": SamplingShape(3, 13, 521),
+}
+
+LOSS = {
+    "train-text": LossShape(4096, 2048, 58498, 8193),
+    "train-codes": LossShape(8192, 2048, 58498, 8193),
+    "laptop": LossShape(1024, 256, 1200, 513),
+}
+LOSS_SMALL = {
+    "no-row": LossShape(0, 8, 11, 5),
+    "one-row": LossShape(1, 8, 11, 5),
+    "primes": LossShape(61, 29, 113, 47),
+}
+
+ATTENTION = {
+    "generate-32": AttentionShape(64, 64, 258, 32, 64),
+    "train": AttentionShape(24, 80, 258, 32, 64),
+    "laptop": AttentionShape(16, 24, 66, 4, 64),
+}
+ATTENTION_SMALL = {
+    "one-row": AttentionShape(1, 1, 1, 1, 8),
+    "text-only": AttentionShape(2, 7, 0, 2, 16),
+    "primes": AttentionShape(3, 11, 19, 3, 24),
+}
+
+
+def token_groups(shape: RoutingShape) -> list[int] | None:
+    """Group of each token: contiguous runs of equal length, as packed batches have them; None for a single group."""
+    if shape.groups == 1:
+        return None
+    edges = [shape.tokens * g // shape.groups for g in range(shape.groups + 1)]
+    return [g for g, (low, high) in enumerate(pairwise(edges)) for _ in range(high - low)]

@@ -1,0 +1,443 @@
+"""Sampling and re-masking: exact tokens on every back end, the right distribution, independence of the batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from benchmarks.shapes import SAMPLING_SMALL, SamplingShape
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.oracle import DTYPES, assert_close, available_backends, noncontiguous, poisoned, registered
+from torch import Tensor
+
+from unif2ace.errors import UserError
+from unif2ace.ops import _noise, _registry, head_sample, remask, sample_tokens
+from unif2ace.ops.sampling import reference_sample_tokens
+
+BACKENDS = available_backends("sampling")
+each_backend = pytest.mark.parametrize("backend", BACKENDS)
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+each_shape = pytest.mark.parametrize("shape", SAMPLING_SMALL.values(), ids=SAMPLING_SMALL.keys())
+
+
+def place(rows: int, index: torch.dtype = torch.int32) -> dict[str, Tensor]:
+    """Seeds with all 64 bits in use, positions and steps."""
+    row = torch.arange(rows)
+    return {
+        "seeds": torch.randint(-(2**62), 2**62, (rows,)),
+        "positions": (row % 13).to(index),
+        "steps": (row % 5).to(index),
+    }
+
+
+def problem(shape: SamplingShape, dtype: torch.dtype = torch.float32) -> dict[str, object]:
+    rows = shape.images * shape.rows
+    logits = torch.randn(rows, shape.columns).mul(3).to(dtype)
+    guided = {"uncond_logits": torch.randn(rows, shape.columns).to(dtype), "guidance": 2.5} if shape.guidance else {}
+    return {"logits": logits, **place(rows), **guided}
+
+
+# -------------------------------------------------------------------------------------------------------- sample_tokens
+
+
+@each_dtype
+@each_shape
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+@each_backend
+def test_every_back_end_gives_the_same_tokens(
+    backend: str, temperature: float, shape: SamplingShape, dtype: torch.dtype
+):
+    arguments = problem(shape, dtype)
+    truth = sample_tokens(
+        **{k: x.double() if k.endswith("logits") else x for k, x in arguments.items()}, temperature=0.0
+    )
+    codes, confidence = sample_tokens(**arguments, temperature=temperature, backend="reference")
+    with registered(), poisoned(4 * codes.numel()):
+        found, found_confidence = sample_tokens(**arguments, temperature=temperature, backend=backend)
+    assert found.dtype == torch.int32
+    assert torch.equal(found, codes)
+    if temperature == 0.0 and torch.equal(codes, truth[0]):
+        assert_close("log_confidence", found_confidence, truth[1].double(), confidence)
+    torch.testing.assert_close(found_confidence, confidence)
+
+
+@each_backend
+def test_against_the_definition_row_by_row(backend: str):
+    """Guided logits, noise and argmax with Python's numbers; the float64 path leaves no doubt about rounding."""
+    arguments = problem(SamplingShape(2, 5, 23))
+    codes, confidence = sample_tokens(**arguments, temperature=0.8, backend=backend)
+    noise = _noise.gumbel_noise(arguments["seeds"], arguments["positions"], arguments["steps"], 0, 23)
+    for row in range(10):
+        cond, uncond = arguments["logits"][row].tolist(), arguments["uncond_logits"][row].tolist()
+        z = [3.5 * c - 2.5 * u for c, u in zip(cond, uncond, strict=True)]
+        key = [x / 0.8 + g for x, g in zip(z, noise[row].tolist(), strict=True)]
+        best = max(range(23), key=key.__getitem__)
+        assert int(codes[row]) == best
+        assert float(confidence[row]) == pytest.approx(z[best] - math.log(sum(map(math.exp, z))), abs=1e-5)
+
+
+def chi_square(counts: Tensor, expected: Tensor) -> float:
+    return float(((counts - expected) ** 2 / expected).sum())
+
+
+@each_backend
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("vary", ["seeds", "positions", "steps"])
+def test_tokens_follow_the_softmax(backend: str, vary: str, temperature: float):
+    rows, columns = 20_000, 21
+    logits = torch.randn(columns)
+    where = {name: torch.zeros(rows, dtype=torch.int64) for name in ("seeds", "positions", "steps")}
+    where[vary] = torch.arange(rows)
+    codes, _ = sample_tokens(logits.expand(rows, -1), **where, temperature=temperature, backend=backend)
+    counts = torch.bincount(codes.long(), minlength=columns).double()
+    statistic = chi_square(counts, rows * (logits.double() / temperature).softmax(0))
+    assert statistic < 45.3  # 99.9 % quantile with 20 degrees of freedom; seeds are fixed
+
+
+@each_backend
+def test_rare_tokens_appear_as_often_as_they_should(backend: str):
+    """The tail of the Gumbel numbers: one code of probability 1e-3 each way, drawn 200 times in 200 000."""
+    rows = 200_000
+    logits = torch.tensor([[math.log(0.999), math.log(0.001)]]).expand(rows, 2)
+    zero = torch.zeros(rows, dtype=torch.int64)
+    codes, _ = sample_tokens(logits, torch.arange(rows), zero, zero, backend=backend)
+    assert abs(int(codes.sum()) - 200) < 4 * math.sqrt(200)
+
+
+@each_backend
+def test_rows_do_not_depend_on_the_batch_around_them(backend: str):
+    arguments = problem(SamplingShape(4, 50, 1009))
+    codes, confidence = sample_tokens(**arguments, backend=backend)
+    shuffled = torch.randperm(200)
+    for rows in (slice(0, 1), slice(63, 66), shuffled):
+        part = {k: x[rows] if isinstance(x, Tensor) else x for k, x in arguments.items()}
+        found = sample_tokens(**part, backend=backend)
+        assert torch.equal(found[0], codes[rows])
+        assert torch.equal(found[1], confidence[rows])
+
+
+@each_backend
+def test_equal_calls_give_equal_bits(backend: str):
+    arguments = problem(SAMPLING_SMALL["primes"])
+    for first, second in zip(sample_tokens(**arguments), sample_tokens(**arguments), strict=True):
+        assert torch.equal(first, second)
+
+
+@each_backend
+def test_ties_go_to_the_lowest_code(backend: str):
+    logits = torch.zeros(2, 1031)
+    logits[0, [700, 900]] = 1.0
+    codes, confidence = sample_tokens(logits, **place(2), temperature=0.0, backend=backend)
+    assert codes.tolist() == [700, 0]
+    torch.testing.assert_close(confidence[1], torch.tensor(-math.log(1031)))
+
+
+@each_backend
+def test_confidence_does_not_depend_on_the_temperature(backend: str):
+    logits = torch.randn(64, 40)
+    where = place(64)
+    for temperature in (0.0, 0.3, 3.0):
+        codes, confidence = sample_tokens(logits, **where, temperature=temperature, backend=backend)
+        expected = logits.log_softmax(1).gather(1, codes.long()[:, None])[:, 0]
+        torch.testing.assert_close(confidence, expected)
+
+
+@each_backend
+def test_forbidden_codes_are_never_drawn(backend: str):
+    logits = torch.zeros(500, 6)
+    logits[:, ::2] = -math.inf
+    codes, confidence = sample_tokens(logits, **place(500), backend=backend)
+    assert set(codes.tolist()) == {1, 3, 5}
+    torch.testing.assert_close(confidence, torch.full((500,), -math.log(3)))
+
+
+@each_backend
+def test_guidance_zero_and_no_guidance_agree(backend: str):
+    arguments = problem(SAMPLING_SMALL["primes"])
+    plain = {k: x for k, x in arguments.items() if k not in ("uncond_logits", "guidance")}
+    for first, second in zip(
+        sample_tokens(**{**arguments, "guidance": 0.0}, backend=backend),
+        sample_tokens(**plain, backend=backend),
+        strict=True,
+    ):
+        assert torch.equal(first, second)
+
+
+@each_backend
+def test_streams_are_independent(backend: str):
+    logits, where = torch.zeros(400, 64), place(400)
+    tokens, _ = sample_tokens(logits, **where, backend=backend)
+    text, _ = sample_tokens(logits, **where, stream=_noise.TEXT_STREAM, backend=backend)
+    assert 0 <= int((tokens == text).sum()) < 25  # 400 / 64 expected
+
+
+@each_backend
+def test_index_dtypes_and_strides_do_not_matter(backend: str):
+    arguments = problem(SAMPLING_SMALL["primes"])
+    codes, confidence = sample_tokens(**arguments, backend=backend)
+    other = {
+        **arguments,
+        "logits": noncontiguous(arguments["logits"]),
+        "uncond_logits": arguments["uncond_logits"].t().contiguous().t(),
+        "positions": arguments["positions"].long(),
+        "steps": arguments["steps"].repeat_interleave(2)[::2].long(),
+    }
+    found = sample_tokens(**other, backend=backend)
+    assert torch.equal(found[0], codes)
+    assert torch.equal(found[1], confidence)
+
+
+def test_float64_logits_use_the_same_noise():
+    arguments = problem(SAMPLING_SMALL["primes"])
+    double = {k: x.double() if k.endswith("logits") else x for k, x in arguments.items()}
+    codes, confidence = sample_tokens(**double)
+    assert confidence.dtype == torch.float32
+    assert torch.equal(codes, sample_tokens(**arguments)[0])
+
+
+@given(
+    rows=st.integers(0, 40),
+    columns=st.integers(1, 70),
+    temperature=st.sampled_from([0.0, 0.1, 1.0, 10.0]),
+    seed=st.integers(0, 1000),
+)
+def test_sampling_invariants(rows: int, columns: int, temperature: float, seed: int):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randint(-4, 5, (rows, columns), generator=generator).float()
+    seeds = torch.randint(-(2**62), 2**62, (rows,), generator=generator)
+    positions, steps = torch.arange(rows), torch.zeros(rows, dtype=torch.int32)
+    expected = reference_sample_tokens(logits, seeds, positions, steps, temperature)
+    for backend in BACKENDS:
+        codes, confidence = sample_tokens(logits, seeds, positions, steps, temperature=temperature, backend=backend)
+        assert torch.equal(codes, expected[0])
+        assert ((codes >= 0) & (codes < columns)).all()
+        assert (confidence <= 0).all()
+
+
+# ---------------------------------------------------------------------------------------------------------- head_sample
+
+
+@each_backend
+@pytest.mark.parametrize("guidance", [0.0, 3.0])
+def test_head_sample_is_head_then_sample(backend: str, guidance: float, monkeypatch: pytest.MonkeyPatch):
+    """Folding guidance before the head moves logits by rounding only: in float64 the tokens are the same."""
+    monkeypatch.setattr("unif2ace.ops.sampling.HEAD_CHUNK_ELEMENTS", 500)  # several chunks
+    hidden, uncond = torch.randn(2, 37, 16, dtype=torch.float64)
+    weight, bias, where = torch.randn(41, 16, dtype=torch.float64), torch.randn(41, dtype=torch.float64), place(37)
+    backend = backend if backend == "reference" else "reference"
+    codes, confidence = head_sample(
+        hidden, weight, bias, **where, uncond_hidden=uncond, guidance=guidance, backend=backend
+    )
+    expected = sample_tokens(
+        hidden @ weight.T + bias, **where, uncond_logits=uncond @ weight.T + bias, guidance=guidance
+    )
+    assert torch.equal(codes, expected[0])
+    torch.testing.assert_close(confidence, expected[1])
+
+
+@each_dtype
+@each_backend
+def test_head_sample_confidence_matches_its_code(backend: str, dtype: torch.dtype):
+    hidden, weight = torch.randn(33, 24).to(dtype), torch.randn(51, 24).to(dtype)
+    codes, confidence = head_sample(hidden, weight, None, **place(33), backend=backend)
+    truth = (hidden.double() @ weight.double().T).log_softmax(1).gather(1, codes.long()[:, None])[:, 0]
+    plain = (hidden @ weight.T).float().log_softmax(1).gather(1, codes.long()[:, None])[:, 0]
+    assert_close("log_confidence", confidence, truth, plain)
+
+
+@each_backend
+def test_head_sample_of_nothing(backend: str):
+    codes, confidence = head_sample(torch.zeros(0, 4), torch.zeros(5, 4), None, **place(0), backend=backend)
+    assert codes.shape == confidence.shape == (0,)
+
+
+# --------------------------------------------------------------------------------------------------------------- remask
+
+
+def remask_problem(counts: list[int], keep: list[int], tau: float = 1.0) -> dict[str, Tensor]:
+    rows, images = sum(counts), len(counts)
+    position = [torch.randperm(300)[:n].sort().values for n in counts]
+    return {
+        "log_confidence": -torch.rand(rows) * 5,
+        "row_offsets": torch.tensor([0, *counts]).cumsum(0).to(torch.int32),
+        "keep_unknown": torch.tensor(keep, dtype=torch.int32),
+        "seeds": torch.randint(-(2**62), 2**62, (images,)),
+        "positions": torch.cat([torch.empty(0, dtype=torch.int64), *position]),
+        "steps": torch.arange(images, dtype=torch.int32),
+        "tau": torch.full((images,), tau),
+    }
+
+
+def remask_by_the_definition(p: dict[str, Tensor]) -> list[bool]:
+    offsets, unknown = p["row_offsets"].tolist(), [False] * len(p["positions"])
+    for image, (start, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+        ranked = []
+        for row in range(start, end):
+            noise = _noise.gumbel_noise(
+                p["seeds"][image : image + 1], p["positions"][row : row + 1], p["steps"][image : image + 1], 1, 4
+            )[0, 0]
+            key = p["log_confidence"][row] + p["tau"][image] * noise
+            ranked.append((float(key), int(p["positions"][row]), row))
+        for _, _, row in sorted(ranked)[: int(p["keep_unknown"][image])]:
+            unknown[row] = True
+    return unknown
+
+
+@each_backend
+@pytest.mark.parametrize(
+    ("counts", "keep"),
+    [([7], [3]), ([5, 0, 13, 1], [5, 0, 0, 1]), ([64, 64, 64], [1, 63, 32]), ([], []), ([0, 0], [0, 0])],
+    ids=str,
+)
+@pytest.mark.parametrize("tau", [0.0, 4.5])
+def test_remask_against_the_definition(backend: str, tau: float, counts: list[int], keep: list[int]):
+    p = remask_problem(counts, keep, tau)
+    with registered(), poisoned(len(p["positions"])):
+        mask = remask(**p, backend=backend)
+    assert mask.dtype == torch.bool
+    assert mask.tolist() == remask_by_the_definition(p)
+    assert torch.equal(remask(**p, backend=backend), mask)
+
+
+@each_backend
+def test_remask_ties_go_to_the_lowest_position(backend: str):
+    p = remask_problem([6], [2], tau=0.0)
+    p["log_confidence"] = torch.tensor([-1.0, -1.0, 0.0, -1.0, -1.0, -1.0])
+    p["positions"] = torch.tensor([50, 40, 1, 30, 20, 60])
+    assert remask(**p, backend=backend).tolist() == [False, False, False, True, True, False]
+
+
+@each_backend
+def test_remask_of_an_image_ignores_the_others(backend: str):
+    p = remask_problem([9, 20, 4], [4, 11, 2])
+    one = {name: x[1:2] for name, x in p.items() if name in ("keep_unknown", "seeds", "steps", "tau")}
+    one |= {name: p[name][9:29] for name in ("log_confidence", "positions")}
+    assert torch.equal(
+        remask(**one, row_offsets=torch.tensor([0, 20]), backend=backend), remask(**p, backend=backend)[9:29]
+    )
+
+
+@given(
+    counts=st.lists(st.integers(0, 30), max_size=6),
+    data=st.data(),
+    tau=st.sampled_from([0.0, 0.5, 100.0]),
+    levels=st.sampled_from([1, 3, 1000]),
+)
+def test_remask_keeps_exactly_the_number_asked_for(counts: list[int], data: st.DataObject, tau: float, levels: int):
+    keep = [data.draw(st.integers(0, n)) for n in counts]
+    p = remask_problem(counts, keep, tau)
+    p["log_confidence"] = -(torch.rand(sum(counts)) * levels).floor()  # few levels: many ties
+    for backend in BACKENDS:
+        mask = remask(**p, backend=backend)
+        bounds = p["row_offsets"].tolist()
+        assert [int(mask[a:b].sum()) for a, b in zip(bounds[:-1], bounds[1:], strict=True)] == keep
+        assert mask.tolist() == remask_by_the_definition(p)
+
+
+# ------------------------------------------------------------------------------------------------ registration, refusal
+
+
+@each_backend
+def test_opcheck(backend: str):
+    p = problem(SAMPLING_SMALL["primes"])
+    where = (p["seeds"], p["positions"], p["steps"])
+    torch.library.opcheck(
+        _registry.registered(backend, "sample_tokens"), (p["logits"], *where, 0.9, p["uncond_logits"], 2.0, 0)
+    )
+    hidden, weight = torch.randn(39, 8), torch.randn(11, 8)
+    torch.library.opcheck(
+        _registry.registered(backend, "head_sample"), (hidden, weight, None, *where, 1.0, None, 0.0, 0)
+    )
+    torch.library.opcheck(_registry.registered(backend, "remask"), tuple(remask_problem([5, 0, 8], [2, 0, 8]).values()))
+
+
+@each_backend
+def test_compiles_into_one_graph(backend: str):
+    hidden, weight, where = torch.randn(13, 8), torch.randn(11, 8), place(13)
+    rest = remask_problem([6, 7], [3, 2])
+    del rest["log_confidence"]
+
+    def step(hidden: Tensor) -> tuple[Tensor, Tensor]:
+        codes, confidence = sample_tokens(hidden @ weight.T, **where, backend=backend)
+        return codes, remask(confidence, **rest, backend=backend), head_sample(hidden, weight, None, **where)[0]
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for found, expected in zip(compiled(hidden), step(hidden), strict=True):
+        assert torch.equal(found, expected)
+
+
+@each_backend
+@pytest.mark.parametrize("bad", [math.nan, math.inf, "row"])
+def test_rows_without_a_distribution_are_refused(backend: str, bad: float | str):
+    logits = torch.zeros(5, 4)
+    logits[3, 1 if bad != "row" else slice(None)] = -math.inf if bad == "row" else bad
+    with pytest.raises(UserError, match="sample_tokens: logits of row 3 hold NaN"):
+        sample_tokens(logits, **place(5), backend=backend)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"logits": torch.zeros(3)}, r"logits must be \[R, V >= 1\] floating point, got \[3\] float32"),
+        ({"logits": torch.zeros(3, 4, dtype=torch.int64)}, r"logits must be .*, got \[3, 4\] int64"),
+        ({"logits": torch.zeros(3, 0)}, r"logits must be .*, got \[3, 0\] float32"),
+        ({"seeds": torch.zeros(3, dtype=torch.int32)}, r"seeds must be \[3\] int64, got \[3\] int32"),
+        ({"positions": torch.zeros(2, dtype=torch.int32)}, r"positions must be \[3\] int32 or int64, got \[2\] int32"),
+        ({"steps": torch.zeros(3)}, r"steps must be \[3\] int32 or int64, got \[3\] float32"),
+        ({"temperature": -1.0}, "temperature must be a finite number >= 0, got -1.0"),
+        ({"temperature": math.nan}, "temperature must be a finite number >= 0, got nan"),
+        ({"guidance": math.inf}, "guidance must be a finite number >= 0, got inf"),
+        ({"guidance": 1.0}, "guidance 1.0 needs uncond_logits, got None"),
+        ({"uncond_logits": torch.zeros(3, 5)}, r"uncond_logits must be \[3, 4\] float32 like logits, got \[3, 5\]"),
+    ],
+)
+def test_sample_tokens_refuses_bad_arguments(changes: dict[str, object], message: str):
+    arguments = {"logits": torch.zeros(3, 4), **place(3), **changes}
+    with pytest.raises(UserError, match=f"^sample_tokens: {message}"):
+        sample_tokens(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden": torch.zeros(3)}, r"hidden must be \[R, H >= 1\] floating point, got \[3\] float32"),
+        ({"weight": torch.zeros(7, 5)}, r"weight must be \[V >= 1, 4\] float32, got \[7, 5\] float32"),
+        ({"weight": torch.zeros(7, 4).half()}, r"weight must be .*, got \[7, 4\] float16"),
+        ({"bias": torch.zeros(6)}, r"bias must be \[7\] float32, got \[6\] float32"),
+        ({"guidance": 1.0}, "guidance 1.0 needs uncond_hidden, got None"),
+    ],
+)
+def test_head_sample_refuses_bad_arguments(changes: dict[str, object], message: str):
+    arguments = {"hidden": torch.zeros(3, 4), "weight": torch.zeros(7, 4), "bias": None, **place(3), **changes}
+    with pytest.raises(UserError, match=f"^head_sample: {message}"):
+        head_sample(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"log_confidence": torch.zeros(5, 1)}, r"log_confidence must be \[R\] floating point, got \[5, 1\]"),
+        ({"row_offsets": torch.tensor([0, 5])}, r"row_offsets must be \[3\] int32 or int64, got \[2\]"),
+        ({"row_offsets": torch.tensor([0, 2, 4])}, "row_offsets must rise from 0 to 5"),
+        ({"row_offsets": torch.tensor([0, 6, 5])}, "row_offsets must rise from 0 to 5"),
+        ({"keep_unknown": torch.tensor([1, 4])}, "keep_unknown must lie between 0 and the rows of each image"),
+        ({"keep_unknown": torch.tensor([-1, 3])}, "keep_unknown must lie between 0"),
+        ({"tau": torch.tensor([1.0, -1.0])}, "tau must be finite and >= 0"),
+        ({"tau": torch.tensor([1, 1])}, r"tau must be \[2\] floating point, got \[2\] int64"),
+        ({"log_confidence": torch.tensor([0, 0, math.nan, 0, 0])}, "log_confidence must hold no NaN"),
+        ({"positions": torch.arange(4)}, r"positions must be \[5\]"),
+    ],
+)
+def test_remask_refuses_bad_arguments(changes: dict[str, Tensor], message: str):
+    with pytest.raises(UserError, match=f"^remask: {message}"):
+        remask(**{**remask_problem([2, 3], [1, 2]), **changes})
+
+
+def test_a_back_end_that_cannot_run_is_refused():
+    missing: list[Callable] = [name for name in ("native", "triton") if name not in BACKENDS]
+    for backend in missing:
+        with pytest.raises(UserError, match=f"sampling: back end '{backend}' cannot run this call"):
+            sample_tokens(torch.zeros(3, 4), **place(3), backend=backend)

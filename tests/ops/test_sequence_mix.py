@@ -1,0 +1,166 @@
+"""mix_sequences: against its definition row by row, and every back end against the oracle."""
+
+from __future__ import annotations
+
+from itertools import accumulate, pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks.shapes import SEQUENCE_MIX_SMALL, MixShape
+from tests.oracle import DTYPES, assert_matches_reference, available_backends, noncontiguous, registered
+from unif2ace.errors import UserError
+from unif2ace.ops import _registry, mix_sequences
+
+BACKENDS = available_backends("sequence_mix")
+Tensors = dict[str, torch.Tensor]
+
+each_backend = pytest.mark.parametrize("backend", BACKENDS)
+each_shape = pytest.mark.parametrize("shape", SEQUENCE_MIX_SMALL.values(), ids=SEQUENCE_MIX_SMALL.keys())
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+each_form = pytest.mark.parametrize("full", [True, False], ids=["residual", "plain"])
+
+
+def problem(shape: MixShape, full: bool = True, spare: int = 0) -> tuple[Tensors, torch.Tensor]:
+    """Tensors by name (features as s0, s1, ..) and the row offsets; `spare` rows belong to no sequence."""
+    rows, batch = shape.rows + spare, len(shape.lengths)
+    tensors = {
+        "x": torch.randn(rows, shape.hidden),
+        "scale": torch.randn(batch),
+        "coefficients": torch.randn(batch, shape.features),
+    }
+    tensors.update({f"s{j}": torch.randn(rows, shape.hidden) for j in range(shape.features)})
+    if full:
+        tensors["residual"] = torch.randn(rows, shape.hidden)
+        tensors["layer_scale"] = torch.tensor(0.7)
+    return tensors, torch.tensor([0, *accumulate(shape.lengths)], dtype=torch.int32)
+
+
+def run_mix(tensors: Tensors, row_offsets: torch.Tensor, backend: str | None) -> torch.Tensor:
+    tensors = dict(tensors)
+    features = [tensors.pop(f"s{j}") for j in range(tensors["coefficients"].shape[1])]
+    return mix_sequences(**tensors, features=features, row_offsets=row_offsets, backend=backend)
+
+
+def mix_row_by_row(tensors: Tensors, row_offsets: torch.Tensor) -> torch.Tensor:
+    x = tensors["x"]
+    result = torch.zeros_like(x)
+    for b, (low, high) in enumerate(pairwise(row_offsets.tolist())):
+        for r in range(low, high):
+            result[r] = tensors["scale"][b] * x[r]
+            for j in range(tensors["coefficients"].shape[1]):
+                result[r] += tensors["coefficients"][b, j] * tensors[f"s{j}"][r]
+    return tensors.get("residual", 0) + tensors.get("layer_scale", 1) * result
+
+
+@pytest.mark.parametrize("spare", [0, 2])
+@each_form
+@each_shape
+@each_backend
+def test_against_the_definition(backend: str, shape: MixShape, full: bool, spare: int):
+    tensors, offsets = problem(shape, full, spare)
+    torch.testing.assert_close(run_mix(tensors, offsets, backend), mix_row_by_row(tensors, offsets))
+
+
+@each_dtype
+@each_form
+@each_shape
+@each_backend
+def test_values_and_gradients(backend: str, shape: MixShape, full: bool, dtype: torch.dtype):
+    tensors, offsets = problem(shape, full, spare=1)
+
+    def run(backend: str, **tensors: torch.Tensor) -> tuple[torch.Tensor]:
+        return (run_mix(tensors, offsets, backend),)
+
+    assert_matches_reference(run, tensors, dtype, backend)
+    assert_matches_reference(run, tensors, dtype, backend, keep=("scale", "coefficients", "layer_scale"))
+
+
+@each_backend
+def test_a_sequence_does_not_depend_on_its_batch(backend: str):
+    tensors, offsets = problem(MixShape((5, 9, 3), 16, 2))
+    whole = run_mix(tensors, offsets, backend)
+    one = {name: x[5:14] if x.dim() == 2 and len(x) == 17 else x for name, x in tensors.items()}
+    one.update(scale=tensors["scale"][1:2], coefficients=tensors["coefficients"][1:2])
+    assert torch.equal(run_mix(one, torch.tensor([0, 9]), backend), whole[5:14])
+
+
+@each_backend
+def test_noncontiguous_inputs(backend: str):
+    tensors, offsets = problem(SEQUENCE_MIX_SMALL["ragged"])
+    strided = {name: noncontiguous(x) if x.dim() else x for name, x in tensors.items()}
+    torch.testing.assert_close(run_mix(strided, offsets, backend), run_mix(tensors, offsets, backend))
+
+
+@given(lengths=st.lists(st.integers(0, 9), max_size=5), hidden=st.integers(1, 19), features=st.integers(0, 3))
+def test_any_size(lengths: list[int], hidden: int, features: int):
+    tensors, offsets = problem(MixShape(tuple(lengths), hidden, features))
+    for backend in BACKENDS:
+        torch.testing.assert_close(run_mix(tensors, offsets, backend), mix_row_by_row(tensors, offsets))
+
+
+@pytest.mark.parametrize("registry", [False, True], ids=["plain", "registered"])
+def test_gradcheck(registry: bool):
+    tensors, offsets = problem(MixShape((2, 0, 1), 3, 2), spare=1)
+    tensors = {name: x.double().requires_grad_(True) for name, x in tensors.items()}
+
+    def run(*values: torch.Tensor) -> torch.Tensor:
+        return run_mix(dict(zip(tensors, values, strict=True)), offsets, "reference")
+
+    if registry:
+        with registered():
+            assert torch.autograd.gradcheck(run, tuple(tensors.values()))
+    else:
+        assert torch.autograd.gradcheck(run, tuple(tensors.values()))
+        assert torch.autograd.gradgradcheck(run, tuple(tensors.values()))
+
+
+@each_form
+@each_backend
+def test_opcheck(backend: str, full: bool):
+    t, offsets = problem(SEQUENCE_MIX_SMALL["ragged"], full)
+    features = [t["s0"], t["s1"], t["s2"]]
+    head = (t["x"], t["scale"], features, t["coefficients"], offsets)
+    op = _registry.registered(backend, "mix_sequences")
+    torch.library.opcheck(op, (*head, t.get("residual"), t.get("layer_scale")))
+    grad = torch.randn_like(t["x"])
+    torch.library.opcheck(_registry.registered(backend, "mix_sequences_backward"), (grad, *head, t.get("layer_scale")))
+
+
+@each_backend
+def test_compiles_into_one_graph(backend: str):
+    tensors, offsets = problem(SEQUENCE_MIX_SMALL["ragged"])
+    tensors = {name: x.requires_grad_(True) for name, x in tensors.items()}
+
+    def loss(tensors: Tensors) -> torch.Tensor:
+        return run_mix(tensors, offsets, backend).square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    found = torch.autograd.grad(compiled(tensors), list(tensors.values()))
+    expected = torch.autograd.grad(loss(tensors), list(tensors.values()))
+    for name, grad, want in zip(tensors, found, expected, strict=True):
+        torch.testing.assert_close(grad, want, msg=name)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(tensors), loss(tensors))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x": torch.zeros(4)}, r"x must be \[R, H\] floating point, got \[4\] float32"),
+        ({"scale": torch.zeros(2, 1)}, r"scale must be \[B\] floating point, got \[2, 1\] float32"),
+        ({"coefficients": torch.zeros(2, 2)}, r"coefficients must be \[2, 1\] floating point .*, got \[2, 2\]"),
+        ({"row_offsets": torch.zeros(3)}, r"row_offsets must be \[3\] integer, got \[3\] float32"),
+        ({"row_offsets": torch.zeros(2, dtype=torch.int32)}, r"row_offsets must be \[3\] integer, got \[2\] int32"),
+        ({"features": [torch.zeros(3, 4)]}, r"features\[0\] must be like x, \[5, 4\] float32, got \[3, 4\] float32"),
+        ({"residual": torch.zeros(5, 4).half()}, "residual must be like x"),
+        ({"layer_scale": torch.zeros(4)}, "layer_scale must be one floating point number"),
+    ],
+)
+def test_bad_arguments_are_refused(changes: dict[str, object], message: str):
+    tensors, offsets = problem(MixShape((2, 3), 4, 1))
+    arguments = {"features": [tensors.pop("s0")], "row_offsets": offsets, **tensors, **changes}
+    with pytest.raises(UserError, match=f"mix_sequences: {message}"):
+        mix_sequences(**arguments)

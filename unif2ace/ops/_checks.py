@@ -1,0 +1,29 @@
+"""Small helpers for refusing bad arguments in the same words everywhere."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from unif2ace.errors import UserError
+
+
+def describe(x: Tensor) -> str:
+    """`[3, 4] float32`: what came, for a message."""
+    return f"{list(x.shape)} {dtype_name(x.dtype)}"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def is_integer(x: Tensor) -> bool:
+    return not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
+
+
+def expect(op: str, name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None) -> None:
+    """Refuse the argument `name` of `op` unless it has this shape and dtype; `dtype=None` asks for any integer type."""
+    right_kind = is_integer(x) if dtype is None else x.dtype == dtype
+    if tuple(x.shape) != shape or not right_kind:
+        kind = "integer" if dtype is None else dtype_name(dtype)
+        raise UserError(f"{op}: {name} must be {list(shape)} {kind}, got {describe(x)}")

@@ -1,0 +1,304 @@
+"""Omni-attention: text causal, image bidirectional, as a handful of plain attention calls.
+
+Sequences lie packed one behind the other, without pads. What a row may see is told by blocks known on the host: block
+`(q_start, q_end, k_start, k_end, causal)` lets query rows [q_start, q_end) attend to key rows [k_start, k_end), all of
+them or, if causal, bottom-right aligned: query i of the block sees its keys j <= i + (k_len - q_len). Text to face is
+one causal block over the text and one full block image -> text + image; understanding is one full block over the
+image and one causal block text -> image + text. Keys may outnumber queries: a KV cache is a flat [B * L_max] buffer.
+
+    out_i = sum_j softmax_j(scale * q_i . k_j) v_j        over the keys j that row i sees
+
+Cost: 4 * q_len * k_len * dim FLOPs per head and block (causal: half); nothing of size T x S, no mask tensor. Back end
+`native` is PyTorch's scaled_dot_product_attention, flash kernels on CPU and GPU, called once per run of equal blocks in
+even distance; forward keeps one logsumexp per row instead of probabilities, backward costs 2.5 times the forward.
+
+Sources: Show-o (arXiv 2408.12528, omni-attention); FlashAttention (2205.14135).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from unif2ace.errors import UserError
+from unif2ace.ops import _registry
+
+Block = tuple[int, int, int, int, bool]
+AttentionBlocks = tuple[Block, ...]
+
+
+class _Run(NamedTuple):
+    """`count` blocks of one shape: block i has queries q_start + i * q_step .. and keys k_start + i * k_step .."""
+
+    q_start: int
+    q_len: int
+    q_step: int
+    k_start: int
+    k_len: int
+    k_step: int
+    causal: bool
+    count: int
+
+
+# ----------------------------------------------------------------------------------------------------------- reference
+
+
+def reference_omni_attention(q: Tensor, k: Tensor, v: Tensor, blocks: AttentionBlocks, scale: float) -> Tensor:
+    """The definition, block by block: scores, mask, softmax, weighted sum; in float32 or wider."""
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    parts = [q.new_zeros((0, *q.shape[1:]))]
+    for q_start, q_end, k_start, k_end, causal in sorted(blocks):
+        query, key, value = q[q_start:q_end].to(wide), k[k_start:k_end].to(wide), v[k_start:k_end].to(wide)
+        scores = torch.einsum("qhd,khd->hqk", query, key) * scale
+        if causal:
+            seen = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device)
+            scores = scores.masked_fill(~seen.tril(scores.shape[2] - scores.shape[1]), -math.inf)
+        parts.append(torch.einsum("hqk,khd->qhd", scores.softmax(dim=-1), value).to(q.dtype))
+    return torch.cat(parts)
+
+
+# -------------------------------------------------------------------------------------------------------- native: SDPA
+
+
+@lru_cache(maxsize=512)
+def _runs(blocks: AttentionBlocks) -> tuple[_Run, ...]:
+    """Group equal blocks whose queries and keys lie in even distances: each run is one call on strided views."""
+    by_shape: dict[tuple[int, int, bool], list[_Run]] = {}
+    for q_start, q_end, k_start, k_end, causal in sorted(blocks):
+        q_len, k_len = q_end - q_start, k_end - k_start
+        if q_len == 0:
+            continue
+        causal = causal and q_len > 1  # the last row alone sees every key
+        runs = by_shape.setdefault((q_len, k_len, causal), [])
+        if runs:
+            run = runs[-1]
+            q_step = q_start - run.q_start - (run.count - 1) * run.q_step
+            k_step = k_start - run.k_start - (run.count - 1) * run.k_step
+            # Keys of a run must not overlap: their gradients are added through one view.
+            if k_step >= k_len and (run.count == 1 or (q_step, k_step) == (run.q_step, run.k_step)):
+                runs[-1] = run._replace(q_step=q_step, k_step=k_step, count=run.count + 1)
+                continue
+        runs.append(_Run(q_start, q_len, q_len, k_start, k_len, k_len, causal, 1))
+    return tuple(run for runs in by_shape.values() for run in runs)
+
+
+def _query_views(x: Tensor, runs: tuple[_Run, ...]) -> list[Tensor]:
+    """Query rows of each run as [count, heads, q_len, dim], without a copy."""
+    rows, heads, dims = x.stride()
+    (_, n, d), base = x.shape, x.storage_offset()
+    return [
+        x.as_strided((r.count, n, r.q_len, d), (r.q_step * rows, heads, rows, dims), base + r.q_start * rows)
+        for r in runs
+    ]
+
+
+def _key_views(x: Tensor, runs: tuple[_Run, ...]) -> list[Tensor]:
+    """Key rows of each run as [count, heads, k_len, dim], without a copy."""
+    rows, heads, dims = x.stride()
+    (_, n, d), base = x.shape, x.storage_offset()
+    return [
+        x.as_strided((r.count, n, r.k_len, d), (r.k_step * rows, heads, rows, dims), base + r.k_start * rows)
+        for r in runs
+    ]
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> Tensor:
+    missing = key.shape[2] - query.shape[2] if causal else 0
+    if missing:
+        # is_causal is aligned top-left: rows in front, dropped again, align it bottom-right without a mask.
+        query = F.pad(query, (0, 0, missing, 0))
+    return F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scale)[:, :, missing:]
+
+
+def _native_forward(q: Tensor, k: Tensor, v: Tensor, blocks: AttentionBlocks, scale: float) -> Tensor:
+    runs, out = _runs(blocks), q.new_empty(q.shape)
+    inputs = zip(_query_views(q, runs), _key_views(k, runs), _key_views(v, runs), strict=True)
+    for run, target, (query, key, value) in zip(runs, _query_views(out, runs), inputs, strict=True):
+        target.copy_(_attend(query, key, value, run.causal, scale))
+    return out
+
+
+class _NativeAttention(torch.autograd.Function):
+    """Eager SDPA with gradients, as one node around all calls.
+
+    Every run gets its own small autograd graph over views of q, k, v: slicing under the outer graph would add one
+    full-size tensor of zeros per slice in backward.
+    """
+
+    @staticmethod
+    def record(q, k, v, blocks, scale):
+        """Three leaves per run, and one result per run."""
+        runs = _runs(blocks)
+        views = (_query_views(q.detach(), runs), _key_views(k.detach(), runs), _key_views(v.detach(), runs))
+        leaves = [view.requires_grad_(True) for triple in zip(*views, strict=True) for view in triple]
+        with torch.enable_grad():
+            results = [_attend(*leaves[3 * i : 3 * i + 3], run.causal, scale) for i, run in enumerate(runs)]
+        return leaves, results
+
+    @staticmethod
+    def forward(ctx, q, k, v, blocks, scale):
+        ctx.save_for_backward(q, k, v)
+        ctx.blocks, ctx.scale, ctx.calls = blocks, scale, _NativeAttention.record(q, k, v, blocks, scale)
+        out = q.new_empty(q.shape)
+        for target, result in zip(_query_views(out, _runs(blocks)), ctx.calls[1], strict=True):
+            target.copy_(result)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out):
+        q, k, v = ctx.saved_tensors
+        # The inner graphs are freed with their backward; a second one (retain_graph=True) records them again.
+        leaves, results = ctx.calls or _NativeAttention.record(q, k, v, ctx.blocks, ctx.scale)
+        ctx.calls, runs = None, _runs(ctx.blocks)
+        grad_q, grad_k, grad_v = q.new_empty(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
+        if runs:
+            grads = torch.autograd.grad(results, leaves, _query_views(grad_out.contiguous(), runs))
+            targets = (_query_views(grad_q, runs), _key_views(grad_k, runs), _key_views(grad_v, runs))
+            for i, (query, key, value) in enumerate(zip(*targets, strict=True)):
+                query.copy_(grads[3 * i])
+                key.add_(grads[3 * i + 1])
+                value.add_(grads[3 * i + 2])
+        return grad_q, grad_k, grad_v, None, None
+
+
+# -------------------------------------------------------------------------------------------- registered ops, autograd
+
+
+def _unflatten(flat: Sequence[int]) -> AttentionBlocks:
+    return tuple((*flat[i : i + 4], bool(flat[i + 4])) for i in range(0, len(flat), 5))
+
+
+def _backward_of(function: Callable) -> Callable:
+    """Registered backward: run `function(q, k, v, blocks, scale)` again under autograd."""
+
+    def backward(grad_out, q, k, v, flat, scale):
+        blocks = _unflatten(flat)
+        grads = _registry.vjp(lambda *inputs: function(*inputs, blocks, scale), [q, k, v], [grad_out])
+        return tuple(grad.contiguous() for grad in grads)
+
+    return backward
+
+
+def _fake_like(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape) for x in tensors)
+
+
+_registry.define(
+    "omni_attention",
+    "omni_attention",
+    "(Tensor q, Tensor k, Tensor v, int[] blocks, float scale) -> Tensor",
+    lambda q, k, v, blocks, scale: q.new_empty(q.shape),
+    lambda q, k, v, flat, scale: reference_omni_attention(q, k, v, _unflatten(flat), scale),
+)
+_registry.define(
+    "omni_attention",
+    "omni_attention_backward",
+    "(Tensor grad_out, Tensor q, Tensor k, Tensor v, int[] blocks, float scale) -> (Tensor, Tensor, Tensor)",
+    lambda grad_out, q, k, v, blocks, scale: _fake_like(q, k, v),
+    _backward_of(reference_omni_attention),
+)
+_registry.implement(
+    "native", "omni_attention", lambda q, k, v, flat, scale: _native_forward(q, k, v, _unflatten(flat), scale)
+)
+_registry.implement("native", "omni_attention_backward", _backward_of(_NativeAttention.apply))
+
+
+class _OmniAttention(torch.autograd.Function):
+    """The registered ops of one back end, for traced code."""
+
+    @staticmethod
+    def forward(ctx, backend, q, k, v, flat, scale):
+        ctx.save_for_backward(q, k, v)
+        ctx.constants = (backend, flat, scale)
+        return _registry.registered(backend, "omni_attention")(q, k, v, flat, scale)
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        backend, flat, scale = ctx.constants
+        grads = _registry.registered(backend, "omni_attention_backward")(grad_out, *ctx.saved_tensors, flat, scale)
+        return None, *grads, None, None
+
+
+# ----------------------------------------------------------------------------------------------------- public function
+
+
+def omni_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: AttentionBlocks,
+    *,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Attention of packed sequences, each query row seeing the keys its block names.
+
+    Args:
+        q: [T, heads, dim] float. k, v: [S, heads, dim] of the same dtype; S may differ from T (KV cache, flattened).
+        blocks: tuple of (q_start, q_end, k_start, k_end, causal), in any order; every query row lies in exactly one.
+            Build it once per batch: it is hashed, and what is derived from it is cached.
+        scale: of the scores; default 1 / sqrt(dim).
+
+    Returns:
+        [T, heads, dim] in q's dtype. Keys that no block names get zero gradients.
+
+    Raises:
+        UserError: shapes or dtypes that do not fit, blocks outside the tensors, rows in no block or in two, blocks
+            without keys, causal blocks with fewer keys than queries.
+
+    Cost: sum over blocks of 4 * q_len * k_len * heads * dim FLOPs; no mask tensor, no pads.
+    """
+    if q.dim() != 3 or not q.is_floating_point():
+        raise UserError(f"omni_attention: q must be [T, heads, dim] floating point, got {_describe(q)}")
+    for name, x in (("k", k), ("v", v)):
+        if x.dim() != 3 or x.shape[1:] != q.shape[1:] or x.dtype != q.dtype or x.shape != k.shape:
+            expected = f"[S, {q.shape[1]}, {q.shape[2]}] {_short(q.dtype)}, the same for k and v"
+            raise UserError(f"omni_attention: {name} must be {expected}, got {_describe(x)}")
+    blocks = _checked(tuple(tuple(block) for block in blocks), q.shape[0], k.shape[0])
+    scale = 1.0 / math.sqrt(q.shape[2]) if scale is None else float(scale)
+    name = _registry.choose("omni_attention", backend, q.device, q.dtype)
+    if torch.compiler.is_compiling() or name == "triton":
+        return _OmniAttention.apply(name, q, k, v, [int(number) for block in blocks for number in block], scale)
+    if name == "reference":
+        return reference_omni_attention(q, k, v, blocks, scale)
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return _NativeAttention.apply(q, k, v, blocks, scale)
+    return _native_forward(q, k, v, blocks, scale)
+
+
+@lru_cache(maxsize=512)
+def _checked(blocks: AttentionBlocks, rows: int, keys: int) -> AttentionBlocks:
+    """Refuse blocks that do not fit T = rows and S = keys (once per set of blocks); returns them."""
+    covered = 0
+    for block in sorted(blocks):
+        if len(block) != 5:
+            raise UserError(f"omni_attention: a block is (q_start, q_end, k_start, k_end, causal), got {block}")
+        q_start, q_end, k_start, k_end, causal = block
+        q_len, k_len = q_end - q_start, k_end - k_start
+        if q_len < 0 or q_end > rows or not 0 <= k_start <= k_end <= keys:
+            raise UserError(f"omni_attention: block {block} lies outside {rows} queries and {keys} keys")
+        if q_len and (k_len == 0 or (causal and k_len < q_len)):
+            raise UserError(f"omni_attention: block {block} has {k_len} keys for {q_len} queries, too few")
+        if q_start != covered:
+            kind = "in two blocks" if q_start < covered else "in no block"
+            raise UserError(f"omni_attention: query row {min(q_start, covered)} is {kind}")
+        covered = q_end
+    if covered != rows:
+        raise UserError(f"omni_attention: query row {covered} is in no block")
+    return blocks
+
+
+def _describe(x: Tensor) -> str:
+    return f"{list(x.shape)} {_short(x.dtype)}"
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
