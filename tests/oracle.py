@@ -9,14 +9,16 @@ So nobody chooses a tolerance: a kernel may be twice as far from the truth as pl
 rounding that any reordering of sums brings (0.3 is not a binary number, so adding and subtracting it leaves about one
 rounding error of size max(|r|, 0.3)). NaN is never right. Indices and tokens are compared exactly, by the tests.
 
-`outputs_and_gradients` runs a function once; `assert_matches_reference` runs it three times (float64 reference, dtype d
-reference, the back end) and compares everything.
+Both sides of the rule are maxima, and with a handful of elements plain PyTorch may be exact by luck, leaving an honest
+kernel no room: single draws of such tests fail one time in ten for a kernel whose average error equals that of plain
+PyTorch. So `assert_matches_reference` applies the rule to the outputs of `DRAWS` draws of the inputs put together.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from unittest import mock
 
 import torch
@@ -25,6 +27,7 @@ from torch import Tensor
 from unif2ace.ops import _registry
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DRAWS = 8
 
 
 def available_backends(op: str, device: str = "cpu", *dtypes: torch.dtype) -> list[str]:
@@ -89,17 +92,13 @@ def outputs_and_gradients(
 ) -> tuple[dict[str, Tensor], list[Tensor]]:
     """Run `function(**inputs)`; give its outputs ("output 0", ..) and the gradients of all inputs by name.
 
-    The scalar behind the gradients is the sum of <cotangent, output>; cotangents are drawn once and handed back, so
-    that other runs can use the same.
+    The scalar behind the gradients is the sum of <cotangent, output>. Cotangents not given are drawn in the dtypes of
+    the outputs; they are handed back, so that other runs use the same numbers.
     """
     leaves = {name: x.detach().requires_grad_(True) for name, x in inputs.items()}
     outputs = function(**leaves)
     if cotangents is None:
-        generator = torch.Generator().manual_seed(1)
-        cotangents = [torch.randn(y.shape, generator=generator, dtype=torch.float64) for y in outputs]
-        # exactly representable in every dtype, so that all runs see equal cotangents
-        cotangents = [c.to(torch.bfloat16).to(torch.float16).double() for c in cotangents]
-    cotangents = [c.to(y.device) for c, y in zip(cotangents, outputs, strict=True)]
+        cotangents = [torch.randn_like(y) for y in outputs]
     torch.autograd.backward(outputs, [c.to(y.dtype) for c, y in zip(cotangents, outputs, strict=True)])
     found = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
     for name, leaf in leaves.items():
@@ -116,26 +115,33 @@ def assert_matches_reference(
     *,
     keep: tuple[str, ...] = (),
 ) -> None:
-    """Outputs and all gradients of `function(backend=backend, **inputs in dtype)` are right.
+    """Outputs and all gradients of `function(backend=backend, **inputs in dtype)` are right, and the same every time.
 
     Args:
         function: returns a tuple of differentiable tensors; called with `backend` and one keyword for each input.
         inputs: tensors in any float dtype; rounded to `dtype` first, so that the float64 run sees the same values.
+            Draws after the first scale each element by a random factor of 0.75 to 1.25.
         dtype: dtype of the run under test.
         backend: `reference` means: through the registered op and its backward, not plain autograd.
         keep: inputs that stay float32 in every run but the float64 one (router weights and the like).
     """
-    low = {name: x.to(torch.float32 if name in keep else dtype) for name, x in inputs.items()}
-    high = {name: x.double() for name, x in low.items()}
-    truth, cotangents = outputs_and_gradients(lambda **t: function(backend="reference", **t), high)
-    plain, _ = outputs_and_gradients(lambda **t: function(backend="reference", **t), low, cotangents)
-    sizes = {x.numel() * x.element_size() for x in plain.values()}
-    with registered(), poisoned(*sizes):
-        result, _ = outputs_and_gradients(lambda **t: function(backend=backend, **t), low, cotangents)
-        again, _ = outputs_and_gradients(lambda **t: function(backend=backend, **t), low, cotangents)
-    for name in truth:
-        assert_close(f"{backend} {dtype} {name}", result[name], truth[name], plain[name])
-        assert torch.equal(result[name], again[name]), f"{backend} {dtype} {name}: two equal calls differ"
+    runs = []
+    for draw in range(DRAWS):
+        scaled = {name: x * (0.75 + 0.5 * torch.rand_like(x)) if draw else x for name, x in inputs.items()}
+        low = {name: x.to(torch.float32 if name in keep else dtype) for name, x in scaled.items()}
+        high = {name: x.double() for name, x in low.items()}
+        plain, cotangents = outputs_and_gradients(partial(function, backend="reference"), low)
+        truth, _ = outputs_and_gradients(partial(function, backend="reference"), high, cotangents)
+        with registered(), poisoned(*{x.numel() * x.element_size() for x in plain.values()}):
+            result, _ = outputs_and_gradients(partial(function, backend=backend), low, cotangents)
+            again, _ = outputs_and_gradients(partial(function, backend=backend), low, cotangents)
+        for name, value in result.items():
+            assert value.shape == truth[name].shape, f"{name}: shape {tuple(value.shape)}"
+            assert torch.equal(value, again[name]), f"{backend} {dtype} {name}: NaN, or two equal calls differ"
+        runs.append((result, truth, plain))
+    for name in runs[0][0]:
+        pooled = [torch.cat([run[i][name].flatten() for run in runs]) for i in range(3)]
+        assert_close(f"{backend} {dtype} {name}", *pooled)
 
 
 def noncontiguous(x: Tensor) -> Tensor:

@@ -47,6 +47,7 @@ def test_shapes_and_code_range(codec):
     assert set(codes.unique().tolist()) <= set(range(12))
     assert codec.codebook_size == 12
     assert (codec.grid, codec.num_tokens, codec.image_size) == (4, 16, 32)
+    assert codec.decode(codec.encode(images[:0])).shape == (0, 3, 32, 32)
     rebuilt = codec.decode(codes)
     assert rebuilt.shape == images.shape
     assert rebuilt.abs().max() <= 1

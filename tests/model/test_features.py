@@ -25,6 +25,7 @@ def test_small_encoders(kind, rows, tmp_path):
     # Rows enter the transformer beside normalised activations: entries of about unit variance.
     assert 0.5 < found.std() < 2
     torch.testing.assert_close(encoder.encode(images[1:2]), found[1:2])
+    assert encoder.encode(images[:0]).shape == (0, rows, 8)
     encoder.save_pretrained(tmp_path, None)
     again = kind.from_pretrained(tmp_path)
     torch.testing.assert_close(again.encode(images), found)

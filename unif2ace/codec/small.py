@@ -179,6 +179,8 @@ class SmallCodec(nn.Module):
             raise UserError(
                 f"codec: images must be floating point [B, 3, {size}, {size}], got {images.dtype} {list(images.shape)}"
             )
+        if not len(images):  # pixel_unshuffle hands an empty batch back unchanged
+            return torch.empty(0, self.num_tokens, dtype=torch.long, device=images.device)
         _, codes = self.quantise(self.normalise(self.encoder(images)))
         return codes.flatten(1).long()
 
@@ -193,7 +195,9 @@ class SmallCodec(nn.Module):
             raise UserError(
                 f"codec: codes must be integers [B, {self.num_tokens}], got {codes.dtype} {list(codes.shape)}"
             )
-        if codes.device.type == "cpu" and codes.numel():
+        if not len(codes):
+            return torch.empty(0, 3, self.image_size, self.image_size, device=codes.device)
+        if codes.device.type == "cpu":
             low, high = int(codes.min()), int(codes.max())
             if low < 0 or high >= self.codebook_size:
                 raise UserError(f"codec: codes must lie in 0..{self.codebook_size - 1}, got {low}..{high}")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 
 from unif2ace.errors import UserError
@@ -27,7 +27,7 @@ def save_network(folder: str | Path, stem: str, module: nn.Module, config: objec
     }
     text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
     partial = folder / f"{stem}.partial"
-    save_file(tensors, partial)
+    partial.write_bytes(save(tensors))  # not save_file: it leaves a file that only its owner may read
     partial.replace(folder / f"{stem}.safetensors")
     partial.write_text(text)
     partial.replace(folder / f"{stem}.json")

@@ -114,6 +114,8 @@ class _SmallEncoder(nn.Module):
         Raises `UserError` for another shape or dtype.
         """
         check_images(f"{self.name} encoder", images, self.image_size)
+        if not len(images):  # pixel_unshuffle hands an empty batch back unchanged
+            return images.new_zeros(0, self.num_rows, self.width)
         return self.rows(images)
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = torch.float16) -> None:

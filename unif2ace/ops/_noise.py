@@ -75,7 +75,7 @@ def random_words(seeds: Tensor, positions: Tensor, steps: Tensor, stream: int, n
 
     seeds [R] int64 (any bit pattern); positions, steps [R] int32 or int64 (their low 32 bits are used).
     """
-    rows, device = seeds.shape[0], seeds.device
+    device = seeds.device
     seeds = seeds.to(torch.int64)[:, None]
     # Words that do not depend on the code stay [R, 1] and broadcast: the first round is almost free.
     words = philox_4x32(
@@ -86,7 +86,7 @@ def random_words(seeds: Tensor, positions: Tensor, steps: Tensor, stream: int, n
         seeds & MASK32,
         (seeds >> 32) & MASK32,
     )
-    return torch.stack(words, dim=-1).reshape(rows, -1)[:, :num_codes]
+    return torch.stack(words, dim=-1).flatten(1)[:, :num_codes]
 
 
 def log1p_core(f: Tensor, n: Tensor) -> Tensor:

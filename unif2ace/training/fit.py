@@ -123,7 +123,7 @@ def fit(
     running: dict[str, float] = {}
     counted = 0
     results: dict[str, float] = {}
-    started = time.monotonic()
+    started = reported = time.monotonic()
     with (
         open(folder / "train.jsonl", "a") as log,
         tqdm(total=settings.steps, initial=first, desc=name, unit="step", mininterval=2.0) as bar,
@@ -150,7 +150,10 @@ def fit(
             done = step + 1
             if done % settings.log_every == 0 or done == settings.steps:
                 means = {key: total / counted for key, total in running.items()}
-                running, counted = {}, 0
+                if "tokens" in means:  # rows of the batch: reported as a rate
+                    means["tokens_per_s"] = means.pop("tokens") * counted / (time.monotonic() - reported)
+                    bar.set_description(f"{name} {means['tokens_per_s']:.0f} tokens/s")
+                running, counted, reported = {}, 0, time.monotonic()
                 if not math.isfinite(means["loss"]):
                     raise UserError(f"{name}: the loss became {means['loss']} at step {done}; lower the learning rate")
                 report({"step": done, "learning_rate": settings.learning_rate * factor, **means})

@@ -30,6 +30,7 @@ from unif2ace.data.loader import FaceTable
 from unif2ace.data.text import QUESTION_TEMPLATE, TextTokenizer
 from unif2ace.errors import UserError
 from unif2ace.evaluation.judge import JudgeTraining, train_judge
+from unif2ace.generation.settings import GenerationConfig
 from unif2ace.model.features import SmallClipEncoder, SmallFaceEncoder
 from unif2ace.model.transformer import UniF2ace
 from unif2ace.training.batches import TokenizedFaces
@@ -69,7 +70,7 @@ class Recipe:
 
     def __init__(self, path: Path, out: Path, reuse: Path | None = None) -> None:
         self.sections = read_recipe(path)
-        self.out, self.reuse = out, reuse
+        self.name, self.out, self.reuse = path.stem, out, reuse
         self._tables: dict[str, FaceTable] = {}
 
     def section(self, name: str) -> dict:
@@ -160,7 +161,7 @@ class Recipe:
             settings, model, tokenizer, codec, self.tokenized("train"), self.tokenized("val"), self.folder("train")
         )
         model.save_pretrained(self.folder("train"), dtype=torch.bfloat16)
-        facts = {"machine": f"{platform.machine()}, {torch.get_num_threads()} threads", "torch": torch.__version__}
+        facts = {"name": self.name, "machine": f"{platform.machine()}, {torch.get_num_threads()} threads", "torch": torch.__version__}
         facts |= {"seconds": round(time.time() - started), "settings": dataclasses.asdict(settings), "scores": scores}
         (self.folder("train") / "facts.json").write_text(json.dumps(facts, indent=2) + "\n")
 
@@ -180,19 +181,20 @@ class Recipe:
         for stage, names in sources.items():
             for name in names:
                 shutil.copy(self.folder(stage) / name, partial / name)
-        (partial / "generation_config.json").write_text(json.dumps(GENERATION_DEFAULTS, indent=2) + "\n")
+        (partial / "generation_config.json").write_text(json.dumps(dataclasses.asdict(GenerationConfig()), indent=2) + "\n")
+        facts = json.loads((self.folder("train") / "facts.json").read_text())
+        (partial / "README.md").write_text(_card(facts))
         shutil.rmtree(self.folder("export"), ignore_errors=True)
         partial.rename(self.folder("export"))
 
 
-GENERATION_DEFAULTS = {
-    "steps": 18,
-    "guidance_scale": 3.0,
-    "temperature": 1.0,
-    "remask_tau": 1.0,
-    "max_prompt_tokens": 128,
-    "max_new_tokens": 64,
-}
+def _card(facts: dict) -> str:
+    scores = "\n".join(f"| {name} | {value:.4g} |" for name, value in facts["scores"].items())
+    return (
+        f"# {facts['name']}\n\nTrained in {facts['seconds'] / 60:.0f} minutes (the transformer alone) on {facts['machine']}, torch "
+        f"{facts['torch']}, by the recipe of the same name.\n\n| held-out | value |\n|---|---|\n{scores}\n"
+    )
+
 
 # What each stage leaves behind when it is complete.
 _DONE = {

@@ -1,0 +1,73 @@
+# Everything runs inside .venv, which `make venv` creates; the other targets call it first. `make help` lists them.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+CSRC := $(shell find csrc -type f)
+CXX_FOUND := $(firstword $(shell command -v $(CXX) c++ g++ clang++))
+
+# The stamp makes an up-to-date environment cost nothing. Its name tells whether a compiler was there, so that installing
+# one later is noticed.
+STAMP := $(VENV)/.stamp-$(if $(CXX_FOUND),compiled,python-only)
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test test-all lint format bench gpu clean
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+venv: $(STAMP) ## create .venv, install the package with all dependencies, compile the C++ module (only what changed)
+
+$(BIN)/python:
+	@command -v $(PYTHON) >/dev/null && $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "unif2ace: '$(PYTHON)' is not a Python >= 3.10; name one: make venv PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { \
+	  echo "unif2ace: '$(PYTHON)' has no venv module (Debian: apt install python3-venv; or PYTHON=...)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# Changed metadata: install everything again. Changed C++ only: ninja compiles the files that changed, in place.
+$(STAMP): pyproject.toml constraints.txt setup.py $(CSRC) | $(BIN)/python
+	@$(if $(CXX_FOUND),:,echo "unif2ace: no C++ compiler: going on without the compiled module (Debian: apt install g++)" >&2)
+	@set -e; if [ -n "$(filter %.toml %.txt %.py,$?)" ]; then \
+	  echo "unif2ace: installing into $(VENV) (minutes the first time)"; \
+	  $(PIP) install --quiet --constraint constraints.txt "setuptools>=77" wheel ninja torch; \
+	  $(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'; \
+	else \
+	  PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python setup.py --quiet build_ext --inplace; \
+	fi
+	@$(BIN)/python -c 'from unif2ace import native; print("unif2ace: compiled module:", native.why_not() or "ready")'
+	@touch $@
+
+demo: venv ## train nothing, download nothing: show understanding and generation on the bundled small model
+	$(BIN)/unif2ace demo
+
+test: venv ## the test suite without its slow part
+	$(BIN)/python -m pytest -q -m "not slow"
+
+test-all: venv ## the whole test suite
+	$(BIN)/python -m pytest -q
+
+lint: venv ## style and likely bugs, Python and C++
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(filter %.h %.cpp %.cu %.cuh,$(CSRC))
+
+format: venv ## rewrite files in the project's style
+	$(BIN)/ruff check --fix-only --quiet .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(filter %.h %.cpp %.cu %.cuh,$(CSRC))
+
+bench: venv ## benchmark the back ends against the reference on this machine, in short
+	$(BIN)/python -m benchmarks.report --run
+
+gpu: venv ## on a machine with a CUDA device: all tests, then the benchmarks, on the device
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+	  $(BIN)/python -m pytest -q && $(BIN)/python -m benchmarks.report --run --device cuda; \
+	else \
+	  echo "unif2ace: no CUDA device here (torch.cuda.is_available() is False): nothing was run"; \
+	fi
+
+clean: ## remove builds, caches and the compiled module (the packages in .venv stay)
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks unif2ace/_C*.so $(VENV)/.stamp-*
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

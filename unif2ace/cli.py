@@ -1,0 +1,222 @@
+"""The command `unif2ace`: what it can be asked, and how mistakes are reported.
+
+Only the standard library is imported here, so that help is instant; `unif2ace.commands` does the work. A mistake of the
+user ends with one sentence on stderr and status 2, an interrupt with status 130; results go to stdout, progress to
+stderr and only where that is a terminal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+import unif2ace
+from unif2ace.errors import UserError
+
+MODEL = "avatars-tiny"
+START = """start here:
+  unif2ace demo
+  unif2ace generate "a smiling person with red hair" --num 16 --out faces.png
+  unif2ace ask face.png "What color is the hair?"
+
+unif2ace COMMAND --help explains a command by examples.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports like every other mistake: one line, status 2."""
+
+    def error(self, message: str) -> NoReturn:
+        _complain(f"{message} (see {self.prog} --help)")
+        raise SystemExit(2)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text!r}")
+    return int(text)
+
+
+def _common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default=MODEL, help="a bundled name, a folder or a hub id (default: %(default)s)")
+    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    parser.add_argument("--backend", default="auto", help="auto, reference, native or triton (default: %(default)s)")
+    _machine(parser)
+
+
+def _machine(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: all cores)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of sentences")
+
+
+def _sampling(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--steps", type=int, metavar="T", help="denoising steps; fewer are faster")
+    parser.add_argument(
+        "--guidance", type=float, metavar="W", help="how strictly to follow the sentence; 0 is twice as fast"
+    )
+    parser.add_argument("--temperature", type=float, metavar="X", help="0 takes the likeliest tokens, 1 samples")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = _Parser(
+        prog="unif2ace",
+        description="Draw faces from sentences and answer questions about faces.",
+        epilog=START,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"unif2ace {unif2ace.__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def add(name: str, summary: str, *examples: str) -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name,
+            help=summary[0].lower() + summary[1:].rstrip("."),
+            description=summary,
+            epilog="examples:\n" + "\n".join(f"  {example}" for example in examples),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    demo = add(
+        "demo",
+        "Show everything the bundled model does, in under a minute.",
+        "unif2ace demo",
+        "unif2ace demo --out /tmp/demo",
+    )
+    demo.add_argument("--out", default="demo", help="folder for the pictures and answers (default: %(default)s)")
+    demo.add_argument("--model", default=MODEL, help="a bundled name, a folder or a hub id (default: %(default)s)")
+
+    generate = add(
+        "generate",
+        "Draw faces from sentences.",
+        'unif2ace generate "a smiling person with red hair" --num 16 --seed 7 --out faces.png   # a grid',
+        'unif2ace generate "a bald man with a long beard" --num 100 --out faces   # a folder of PNGs',
+        'unif2ace generate "a sad face" "a happy face" --steps 8 --guidance 1.5   # faster',
+        'unif2ace generate "dark sunglasses" --image face.png --mask keep.png     # redraw where keep.png is black',
+    )
+    generate.add_argument("prompt", nargs="+", help="what to draw; each prompt gives --num faces")
+    generate.add_argument(
+        "--num", type=_positive, default=1, metavar="N", help="faces per prompt (default: %(default)s)"
+    )
+    generate.add_argument(
+        "--seed", type=int, default=0, metavar="S", help="face i is drawn with seed S + i (default: %(default)s)"
+    )
+    generate.add_argument(
+        "--out", default="faces.png", help="a picture file (several faces: a grid), or a folder (default: %(default)s)"
+    )
+    generate.add_argument("--image", help="in-painting: the picture to keep parts of")
+    generate.add_argument("--mask", help="in-painting: a picture, white where --image is kept")
+    generate.add_argument("--fit", action="store_true", help="crop and resize --image and --mask to the model's size")
+    _sampling(generate)
+    _common(generate)
+
+    ask = add(
+        "ask",
+        "Answer questions about a face, or describe it.",
+        'unif2ace ask face.png "What color is the hair?" "Is there a beard or moustache?"',
+        "unif2ace ask face.png --caption",
+        'unif2ace ask photo.jpg --fit --json "What is worn over the eyes?"',
+    )
+    ask.add_argument("image", help="a picture file")
+    ask.add_argument("question", nargs="*", help="one or more questions")
+    ask.add_argument("--caption", action="store_true", help="describe the face as well")
+    ask.add_argument("--fit", action="store_true", help="crop and resize the picture to the model's size")
+    _common(ask)
+
+    train = add(
+        "train",
+        "Train a model from a recipe; a run that stopped goes on where it was.",
+        "unif2ace train recipes/avatars-tiny.toml --out runs/avatars-tiny",
+        "unif2ace train recipes/avatars-tiny.toml --out runs/avatars-tiny --stage data --stage tokenizer",
+    )
+    train.add_argument("recipe", help="a TOML file, such as recipes/avatars-tiny.toml")
+    train.add_argument("--out", required=True, help="folder of the run; its export/ is the finished model")
+    train.add_argument(
+        "--stage", action="append", metavar="NAME", help="run only this stage (may be repeated; default: all)"
+    )
+    train.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: all cores)")
+
+    data = add(
+        "data", "Make a dataset of labelled faces.", "unif2ace data avatars --out data/avatars --faces 30000 --seed 0"
+    )
+    data.add_argument("kind", choices=("avatars",), help="avatars: cartoon faces with exact labels, drawn on the spot")
+    data.add_argument("--out", required=True, help="folder for the Parquet files")
+    data.add_argument("--faces", type=_positive, default=24000, metavar="N", help="how many (default: %(default)s)")
+    data.add_argument("--seed", type=int, default=0, metavar="S", help="which ones (default: %(default)s)")
+    data.add_argument(
+        "--size", type=_positive, default=64, metavar="PIXELS", help="side of a picture (default: %(default)s)"
+    )
+    data.add_argument("--workers", type=_positive, metavar="W", help="processes (default: one per core)")
+
+    evaluate = add(
+        "evaluate",
+        "Measure a model on faces it has not seen: drawing, answering, describing.",
+        "unif2ace evaluate",
+        "unif2ace evaluate --model runs/avatars-tiny/export --data runs/avatars-tiny/data --faces 512 --json",
+    )
+    evaluate.add_argument("--data", help="dataset folder; its test split is used (default: held-out faces are drawn)")
+    evaluate.add_argument(
+        "--faces", type=_positive, default=256, metavar="N", help="how many faces (default: %(default)s)"
+    )
+    evaluate.add_argument(
+        "--seed", type=int, default=0, metavar="S", help="face i is drawn with seed S + i (default: %(default)s)"
+    )
+    _sampling(evaluate)
+    _common(evaluate)
+
+    doctor = add(
+        "doctor", "Say what this machine can run, and why not the rest.", "unif2ace doctor", "unif2ace doctor --json"
+    )
+    doctor.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+
+    bench = add(
+        "bench",
+        "Time back ends against each other in one interleaved run.",
+        "unif2ace bench                  # faces and answers per second",
+        "unif2ace bench train            # training steps per second",
+        "unif2ace bench routing --json   # one op, in a checkout of the repository",
+    )
+    bench.add_argument(
+        "what", nargs="?", default="generate", help="generate, train or the name of an op (default: %(default)s)"
+    )
+    bench.add_argument(
+        "--faces", type=_positive, default=16, metavar="N", help="faces in a batch (default: %(default)s)"
+    )
+    bench.add_argument(
+        "--rounds", type=_positive, default=5, metavar="N", help="measurements per back end (default: %(default)s)"
+    )
+    bench.add_argument("--model", default=MODEL, help="a bundled name, a folder or a hub id (default: %(default)s)")
+    bench.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    _machine(bench)
+    return parser
+
+
+def _complain(message: str) -> None:
+    print("unif2ace: error: " + " ".join(message.split()), file=sys.stderr)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0, 2 for a mistake in the input, 130 when interrupted."""
+    options = build_parser().parse_args(arguments)
+    try:
+        from unif2ace import commands
+
+        getattr(commands, options.command)(options)
+        sys.stdout.flush()
+    except UserError as error:
+        _complain(str(error))
+        return 2
+    except KeyboardInterrupt:
+        print("unif2ace: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader (head, a pager) has gone; keep Python's exit from flushing into it again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,248 @@
+"""The commands of `unif2ace.cli`, one function each: they take parsed options, print results, raise `UserError`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from unif2ace.errors import UserError
+from unif2ace.files import is_image_path, sha256, write_image
+from unif2ace.inputs import open_image
+from unif2ace.pipeline import ENGINES, UniF2acePipeline
+
+MAX_COLUMNS = 8
+
+
+def demo(options: argparse.Namespace) -> None:
+    """`unif2ace demo`."""
+    from unif2ace.demo import run_demo
+
+    run_demo(options.out, options.model)
+
+
+def generate(options: argparse.Namespace) -> None:
+    """`unif2ace generate`."""
+    from unif2ace.imaging import face_grid
+
+    pipe = _pipeline(options)
+    settings = pipe.defaults.override(
+        steps=options.steps, guidance_scale=options.guidance, temperature=options.temperature
+    )
+    if (options.image is None) != (options.mask is None):
+        raise UserError("in-painting: expected --image and --mask together, got one of them")
+    known = {}
+    if options.image is not None:
+        mask = open_image(options.mask).convert("L")
+        known["known_image"] = _face(options.image, pipe.image_size, options.fit)
+        known["known_mask"] = ImageOps.fit(mask, (pipe.image_size,) * 2) if options.fit else mask
+    started = time.perf_counter()
+    faces = pipe.generate(
+        options.prompt,
+        num_images_per_prompt=options.num,
+        steps=settings.steps,
+        guidance_scale=settings.guidance_scale,
+        temperature=settings.temperature,
+        seed=options.seed,
+        on_step=_progress("drawing", "step"),
+        **known,
+    )
+    seconds = time.perf_counter() - started
+    prompts = [prompt for prompt in options.prompt for _ in range(options.num)]
+    out = Path(options.out)
+    if not is_image_path(out):
+        files = [write_image(out / f"face-{index:05d}.png", face) for index, face in enumerate(faces)]
+    elif len(faces) == 1:
+        files = [write_image(out, faces[0])]
+    else:
+        columns = min(MAX_COLUMNS, math.ceil(math.sqrt(len(faces))))
+        texts = prompts if len(options.prompt) > 1 else None
+        files = [write_image(out, face_grid(faces, texts, columns=columns))]
+    if options.json:
+        facts = {
+            "prompts": options.prompt,
+            "seeds": [(options.seed + index) % 2**64 for index in range(len(faces))],
+            "steps": settings.steps,
+            "guidance_scale": settings.guidance_scale,
+            "temperature": settings.temperature,
+            "engine": ENGINES[0],
+            "faces": len(faces),
+            "seconds": round(seconds, 4),
+            "faces_per_second": round(len(faces) / seconds, 3),
+            **_machine_facts(pipe, options),
+            "files": [{"path": str(path), "sha256": sha256(path)} for path in files],
+        }
+        _print_json(facts)
+        return
+    where = files[0] if len(files) == 1 else f"{out}/ ({len(files)} files)"
+    print(f"{where}: {len(faces)} face{'s' * (len(faces) > 1)} in {seconds:.1f} s ({len(faces) / seconds:.2f} faces/s)")
+
+
+def ask(options: argparse.Namespace) -> None:
+    """`unif2ace ask`."""
+    if not options.question and not options.caption:
+        raise UserError("ask: expected at least one question, or --caption, got neither")
+    pipe = _pipeline(options)
+    face = _face(options.image, pipe.image_size, options.fit)
+    started = time.perf_counter()
+    answers = pipe.answer(face, options.question) if options.question else []
+    caption = pipe.caption(face)[0] if options.caption else None
+    seconds = time.perf_counter() - started
+    if options.json:
+        pairs = [{"question": q, "answer": a} for q, a in zip(options.question, answers, strict=True)]
+        facts = {"image": options.image, "answers": pairs, "caption": caption, "seconds": round(seconds, 4)}
+        _print_json({**facts, **_machine_facts(pipe, options)})
+        return
+    for question, answer in zip(options.question, answers, strict=True):
+        print(answer if len(answers) == 1 and caption is None else f"{question} {answer}")
+    if caption is not None:
+        print(caption)
+
+
+def train(options: argparse.Namespace) -> None:
+    """`unif2ace train`."""
+    from unif2ace.training.recipe import run_recipe
+
+    _set_threads(options.threads)
+    print(f"finished: {run_recipe(options.recipe, options.out, stages=options.stage)}")
+
+
+def data(options: argparse.Namespace) -> None:
+    """`unif2ace data`."""
+    from unif2ace.data.avatars import build_dataset
+
+    if options.seed < 0:
+        raise UserError(f"seed: expected an integer of at least 0, got {options.seed}")
+    drawn = build_dataset(
+        Path(options.out), faces=options.faces, seed=options.seed, size=options.size, workers=options.workers
+    )
+    state = f"{drawn} files drawn" if drawn else "was complete already"
+    print(f"{options.out}: {options.faces} faces, {state}")
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    """`unif2ace evaluate`."""
+    from unif2ace.data.loader import FaceTable
+    from unif2ace.evaluation import metrics
+    from unif2ace.evaluation.faces import held_out_faces
+
+    pipe = _pipeline(options)
+    judge = pipe.parts.judge
+    if judge is None:
+        raise UserError(f"evaluate: expected a model with a judge (judge.json), got {options.model} without one")
+    if options.data is not None:
+        table = FaceTable.open(options.data, "test", options.faces)
+    else:
+        table = held_out_faces(options.faces, size=pipe.image_size)
+    drawn, real = metrics.evaluate_generation(
+        pipe,
+        judge,
+        table,
+        seed=options.seed,
+        steps=options.steps,
+        guidance_scale=options.guidance,
+        temperature=options.temperature,
+        on_step=_progress("drawing", "step"),
+    )
+    answers = metrics.evaluate_answers(pipe, table, on_batch=_progress("answering", "answer"))
+    captions = metrics.evaluate_captions(pipe, table, on_batch=_progress("describing", "face"))
+    scores = {"generation": drawn, "judge_on_real_faces": real, "answers": answers, "captions": captions}
+    if options.json:
+        facts = {"faces": len(table), "scores": {name: score.to_dict() for name, score in scores.items()}}
+        _print_json({**facts, **_machine_facts(pipe, options)})
+        return
+    print(metrics.score_table(scores))
+    print(
+        f"\n{len(table)} held-out faces: {drawn.items / drawn.seconds:.2f} faces/s drawn, "
+        f"{answers.items / answers.seconds:.1f} answers/s, {captions.items / captions.seconds:.2f} descriptions/s"
+    )
+
+
+def doctor(options: argparse.Namespace) -> None:
+    """`unif2ace doctor`."""
+    from unif2ace.doctor import format_report, report
+
+    facts = report()
+    if options.json:
+        _print_json(facts)
+    else:
+        print(format_report(facts), end="")
+
+
+def bench(options: argparse.Namespace) -> None:
+    """`unif2ace bench`."""
+    from unif2ace.evaluation import speed
+
+    _set_threads(options.threads)
+    if options.what not in ("generate", "train"):
+        speed.bench_op(options.what, options.device or "cpu", options.json)
+        return
+    pipe = UniF2acePipeline.from_pretrained(options.model, device=options.device)
+    progress = _progress("measuring", "round")
+    if options.what == "generate":
+        speeds = speed.compare_backends(pipe, faces=options.faces, rounds=options.rounds, on_round=progress)
+    else:
+        speeds = speed.compare_training(pipe, rounds=options.rounds, on_round=progress)
+    if options.json:
+        facts = {"what": options.what, "speeds": [entry.to_dict() for entry in speeds]}
+        _print_json({**facts, **_machine_facts(pipe, options)})
+    else:
+        print(speed.speed_table(speeds))
+
+
+def _pipeline(options: argparse.Namespace) -> UniF2acePipeline:
+    _set_threads(options.threads)
+    return UniF2acePipeline.from_pretrained(options.model, device=options.device, backend=options.backend)
+
+
+def _set_threads(threads: int | None) -> None:
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def _face(path: str, size: int, fit: bool) -> Image.Image:
+    image = open_image(path)
+    if fit:
+        return ImageOps.fit(image.convert("RGB"), (size, size))
+    if image.mode != "RGB" or image.size != (size, size):
+        raise UserError(
+            f"{path}: expected an RGB picture of {size} x {size} pixels, got {image.mode} of {image.width} x "
+            f"{image.height}; --fit crops, resizes and converts it"
+        )
+    return image
+
+
+def _progress(description: str, unit: str) -> Callable[[int, int], None]:
+    """on_step(done, total) that moves a bar on stderr, where that is a terminal."""
+    bar: tqdm | None = None
+
+    def update(done: int, total: int) -> None:
+        nonlocal bar
+        if bar is None:
+            bar = tqdm(total=total, desc=description, unit=unit, leave=False, disable=None)
+        bar.update(done - bar.n)
+        if done >= total:
+            bar.close()
+
+    return update
+
+
+def _machine_facts(pipe: UniF2acePipeline, options: argparse.Namespace) -> dict[str, object]:
+    return {
+        "model": options.model,
+        "device": str(pipe.device),
+        "dtype": str(pipe.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "backends": pipe.backends(),
+    }
+
+
+def _print_json(facts: dict[str, object]) -> None:
+    print(json.dumps(facts, indent=2))

@@ -1,0 +1,104 @@
+"""Everything the bundled model does, in under a minute: faces from sentences, answers about faces, a face half redrawn.
+
+Writes `faces.png`, `answers.md` with the faces it is about, and `in-painting.png`, and prints how fast each back end of
+this machine is. Nothing is trained or downloaded.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from unif2ace.data.language import full_caption
+from unif2ace.data.loader import FaceTable
+from unif2ace.evaluation.faces import held_out_faces
+from unif2ace.evaluation.metrics import to_images
+from unif2ace.evaluation.speed import compare_backends, speed_table
+from unif2ace.files import write_image, write_text
+from unif2ace.imaging import face_grid
+from unif2ace.pipeline import UniF2acePipeline
+
+# The first four are in the words of the training captions, the others are written freely.
+PROMPTS = (
+    "a person with fair skin, with long wavy red hair, smiling, clean-shaven, in a white blazer on a blue background",
+    "a brown face, with a black afro, with raised eyebrows, grinning, wearing round glasses, in a yellow hoodie",
+    "a pale person, with silver short hair, with a silver long beard, serious, wearing dark sunglasses, in a tuxedo",
+    "a tan face, wearing a red beanie, with closed eyes, grinning, in a pink crew-neck shirt, yellow background",
+    "a smiling person with red hair",
+    "an angry man with a mohawk and a long beard",
+    "a crying face with pigtails",
+    "somebody in a space suit who screams",
+    "a cook with a chef hat and a moustache",
+    "a dark person wearing a turban and clear glasses on a white background",
+    "a surprised woman with blonde hair and purple sunglasses",
+    "a sad bald head with an eyepatch in armour",
+)
+ASKED_FACES = 4
+QUESTIONS_PER_FACE = 6
+REDRAWN_PROMPT = "a person wearing dark sunglasses, grinning, with a black full beard"
+SEED = 3
+
+
+def run_demo(out: str | Path = "demo", model: str = "avatars-tiny", say: Callable[[str], None] = print) -> list[Path]:
+    """Run the demonstration, put its files into the folder `out`, and return them.
+
+    Raises `UserError` where the model is not there or the folder cannot be written.
+    """
+    out, started = Path(out), time.perf_counter()
+    pipe = UniF2acePipeline.from_pretrained(model)
+    faces = pipe.generate(list(PROMPTS), seed=SEED)
+    files = [write_image(out / "faces.png", face_grid(faces, PROMPTS, columns=4))]
+    say(f"{files[-1]}: {len(faces)} faces drawn from sentences")
+
+    table = held_out_faces(ASKED_FACES, size=pipe.image_size)
+    pictures = to_images(table, ASKED_FACES)
+    for number, picture in enumerate(pictures, start=1):
+        files.append(write_image(out / f"face-{number}.png", picture))
+    text, right, asked = answers_page(pipe, table, pictures)
+    files.append(write_text(out / "answers.md", text))
+    say(f"{files[-1]}: {asked} questions about {ASKED_FACES} faces it has never seen, {right} answered exactly")
+
+    files.append(write_image(out / "in-painting.png", in_painting_picture(pipe, pictures[0])))
+    say(f"{files[-1]}: a face, what is kept of it, and three ways to redraw the rest as {REDRAWN_PROMPT!r}")
+
+    say("\nfaces and answers per second on this machine (medians of interleaved rounds):\n")
+    say(speed_table(compare_backends(pipe, faces=8, rounds=3)))
+    say(f'\n{time.perf_counter() - started:.0f} s in all; now try: unif2ace generate "{PROMPTS[4]}" --num 16')
+    return files
+
+
+def answers_page(pipe: UniF2acePipeline, table: FaceTable, pictures: list[Image.Image]) -> tuple[str, int, int]:
+    """(Markdown, exact answers, questions): each face with its questions, the answers, the truth, and a description."""
+    asked = []
+    for face in range(len(pictures)):
+        pairs = table.questions[face]  # open questions first, a true-or-false one last
+        asked += [(face, question) for question in [*pairs[:QUESTIONS_PER_FACE], pairs[-1]]]
+    replies = pipe.answer([pictures[face] for face, _ in asked], [question.question for _, question in asked])
+    captions = pipe.caption(pictures)
+    right = sum(reply == question.answer for (_, question), reply in zip(asked, replies, strict=True))
+    lines = ["# Questions about faces the model has never seen", ""]
+    lines += [f"{right} of {len(asked)} answers are exactly the truth.", ""]
+    for face in range(len(pictures)):
+        lines += [f"## Face {face + 1}", "", f"![face {face + 1}](face-{face + 1}.png)", ""]
+        lines += ["| question | answer | truth | |", "|---|---|---|---|"]
+        for (which, question), reply in zip(asked, replies, strict=True):
+            if which == face:
+                mark = "✓" if reply == question.answer else "✗"
+                lines.append(f"| {question.question} | {reply} | {question.answer} | {mark} |")
+        lines += ["", f"*Described as:* {captions[face]}", "", f"*Truth:* {full_caption(table.attributes[face])}", ""]
+    return "\n".join(lines), right, len(asked)
+
+
+def in_painting_picture(pipe: UniF2acePipeline, picture: Image.Image) -> Image.Image:
+    """Original, mask, and three redraws of everything below the brows and inside the head."""
+    size = pipe.image_size
+    keep = torch.ones(size, size, dtype=torch.bool)
+    keep[size * 3 // 8 : size * 7 // 8, size // 4 : size * 3 // 4] = False
+    redrawn = pipe.generate(REDRAWN_PROMPT, num_images_per_prompt=3, seed=SEED, known_image=picture, known_mask=keep)
+    shown = Image.composite(picture, Image.new("RGB", picture.size, "grey"), Image.fromarray(keep.numpy()))
+    texts = ["original", "what is kept", *(f"redrawn, seed {SEED + index}" for index in range(3))]
+    return face_grid([picture, shown, *redrawn], texts, columns=5)

@@ -1,0 +1,61 @@
+"""How a pipeline draws and answers unless it is told otherwise: one small record, checked wherever it is made.
+
+steps             denoising steps T: every step runs the transformer once (twice with guidance)
+guidance_scale    w of z = (1 + w) z_cond - w z_uncond: how strictly a face follows its sentence; 0 halves the work
+temperature       of the choice of image tokens: 0 takes the likeliest, 1 samples from the model's distribution
+remask_tau        scale of the noise in the choice of tokens that are drawn again; fades to 0 over the steps
+max_prompt_tokens longest prompt or question, in tokens
+max_new_tokens    longest answer, in tokens
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import numbers
+from dataclasses import dataclass
+
+from unif2ace.errors import UserError
+from unif2ace.generation.schedule import check_steps
+
+MAX_GUIDANCE = 100.0
+MAX_TEMPERATURE = 100.0
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """The defaults stored as `generation_config.json`. Raises `UserError` for a value out of range."""
+
+    steps: int = 18
+    guidance_scale: float = 3.0
+    temperature: float = 1.0
+    remask_tau: float = 1.0
+    max_prompt_tokens: int = 128
+    max_new_tokens: int = 64
+
+    def __post_init__(self) -> None:
+        check_steps(self.steps)
+        check_number("guidance_scale", self.guidance_scale, MAX_GUIDANCE)
+        check_number("temperature", self.temperature, MAX_TEMPERATURE)
+        check_number("remask_tau", self.remask_tau, MAX_TEMPERATURE)
+        check_count("max_prompt_tokens", self.max_prompt_tokens)
+        check_count("max_new_tokens", self.max_new_tokens)
+
+    def override(self, **changes: object) -> GenerationConfig:
+        """The same settings with every value of `changes` that is not None, checked."""
+        return dataclasses.replace(self, **{name: value for name, value in changes.items() if value is not None})
+
+
+def check_number(name: str, value: object, high: float) -> float:
+    """`value` as a float from 0 to `high`, or a `UserError`."""
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)  # NumPy scalars are numbers too
+    if not number or not math.isfinite(value) or not 0 <= value <= high:
+        raise UserError(f"{name}: expected a number from 0 to {high:g}, got {value!r}")
+    return float(value)
+
+
+def check_count(name: str, value: object) -> int:
+    """`value` as an int of at least 1, or a `UserError`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise UserError(f"{name}: expected an integer of at least 1, got {value!r}")
+    return value

@@ -1,0 +1,296 @@
+"""Sentences to faces, faces to answers: all parts of a saved model behind three calls.
+
+    from unif2ace.pipeline import UniF2acePipeline
+    pipe = UniF2acePipeline.from_pretrained("avatars-tiny")
+    faces = pipe.generate("a smiling person with red hair", num_images_per_prompt=8, seed=7)
+    pipe.answer(faces[0], ["What color is the hair?", "Does the person wear glasses?"])
+    pipe.caption(faces)
+
+    text --tokenizer--> ids --transformer, T steps--> codes --codec--> picture
+    picture --codec, frozen encoders--> codes, features --transformer--> ids --tokenizer--> text
+
+Everything a caller passes is checked before the first matrix product (`unif2ace.inputs`); how a model is found and
+stored is in `unif2ace.bundle`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from unif2ace import inputs
+from unif2ace.bundle import Parts, load_parts, resolve_folder, save_parts
+from unif2ace.codec.pixels import to_float, to_uint8
+from unif2ace.errors import UserError
+from unif2ace.generation.decoding import decode_answers
+from unif2ace.generation.plain import generate_codes, to_signed
+from unif2ace.generation.settings import MAX_TEMPERATURE, GenerationConfig, check_count, check_number
+from unif2ace.ops import BACKENDS, _registry, use_backend
+
+ENGINES = ("plain",)
+OPS = ("routing", "experts", "sequence_mix", "omni_attention", "sampling")  # what generating and answering run
+CAPTION_REQUEST = "Describe the face."
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+Images = Image.Image | Sequence[Image.Image]
+
+
+class UniF2acePipeline:
+    """A loaded model. `defaults` is its `GenerationConfig`, `image_size` the side of its pictures in pixels."""
+
+    def __init__(self, parts: Parts, backend: str = "auto") -> None:
+        """Use `from_pretrained`; `parts` are the loaded pieces, `backend` as there."""
+        self.parts, self.backend = parts, backend
+        self.model, self.codec, self.tokenizer = parts.model, parts.codec, parts.tokenizer
+        self.defaults: GenerationConfig = parts.defaults
+        if backend != "auto":
+            for op in OPS:
+                _registry.choose(op, backend, self.device, self.dtype)  # refuses now what would fail in the first step
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        backend: str = "auto",
+    ) -> UniF2acePipeline:
+        """Load a bundled model ("avatars-tiny"), a folder written by `save_pretrained`, or a hub id "owner/name".
+
+        Args:
+            device: None takes CUDA where there is one, else the CPU.
+            dtype: of the transformer; None is float32 on a CPU, bfloat16 on a GPU. Codec and encoders run in float32.
+            backend: "reference", "native" or "triton" for every op, or "auto": the fastest one that can run each call
+                (or whatever `unif2ace.ops.use_backend` has set).
+
+        Raises:
+            UserError: unknown name, missing or corrupt files, parts that do not fit together, an unusable device, dtype
+                or back end.
+        """
+        if backend != "auto" and backend not in BACKENDS:
+            raise UserError(f"backend: expected one of auto, {', '.join(BACKENDS)}, got {backend!r}")
+        device = _device(device)
+        if dtype is None:
+            dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+        if dtype not in DTYPES:
+            raise UserError(f"dtype: expected torch.float32, bfloat16, float16 or float64, got {dtype!r}")
+        return cls(load_parts(resolve_folder(name), device, dtype), backend)
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write every part into `folder`, which appears complete or not at all; returns it.
+
+        Raises `UserError` where the folder holds anything but a saved pipeline, or cannot be written.
+        """
+        return save_parts(self.parts, Path(folder))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the transformer lies."""
+        return self.model.head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the transformer computes in."""
+        return self.model.head.weight.dtype
+
+    @property
+    def image_size(self) -> int:
+        """Side of a picture in pixels."""
+        return self.codec.image_size
+
+    def backends(self) -> dict[str, str]:
+        """Op -> the back end that runs it in this pipeline."""
+        with self._on_backend():
+            return {op: _registry.choose(op, None, self.device, self.dtype) for op in OPS}
+
+    def _on_backend(self) -> AbstractContextManager:
+        return nullcontext() if self.backend == "auto" else use_backend(self.backend)
+
+    # ----------------------------------------------------------------------------------------------------- text to face
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        num_images_per_prompt: int = 1,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        temperature: float | None = None,
+        seed: int | Sequence[int] = 0,
+        engine: str = "plain",
+        known_image: Image.Image | None = None,
+        known_mask: Image.Image | Tensor | None = None,
+        batch_size: int = 32,
+        on_step: Callable[[int, int], None] | None = None,
+    ) -> list[Image.Image]:
+        """Draw faces: `num_images_per_prompt` for the first prompt, then as many for the second, and so on.
+
+        Args:
+            prompts: one sentence or several.
+            steps, guidance_scale, temperature: None takes the model's defaults (`GenerationConfig`).
+            seed: an integer s gives image i the seed s + i (modulo 2^64); a list gives each image its own. An image
+                depends on its prompt, its seed and these settings, never on the images drawn with it.
+            engine: "plain", the loop of the paper.
+            known_image, known_mask: in-painting. An RGB picture of `image_size` and which of its pixels to keep: a PIL
+                mask (white = keep) or a bool array (True = keep). A token cell is kept when all its pixels are; the
+                others are drawn anew. Kept pixels come back unchanged.
+            batch_size: images per batch; bounds the memory, does not change the images.
+            on_step: called as on_step(done, total) after every step.
+
+        Returns RGB images of `image_size`, in order. Raises `UserError` for anything that does not fit.
+
+        Cost: steps * (1 or, with guidance, 2) passes of `num_image_tokens` + 2 rows per image.
+        """
+        texts = inputs.as_texts("prompt", prompts)
+        count = len(texts) * check_count("num_images_per_prompt", num_images_per_prompt)
+        settings = self.defaults.override(steps=steps, guidance_scale=guidance_scale, temperature=temperature)
+        seeds = inputs.as_seeds(seed, count)
+        if engine not in ENGINES:
+            raise UserError(f"engine: expected one of {', '.join(ENGINES)}, got {engine!r}")
+        check_count("batch_size", batch_size)
+        encoded = inputs.encode_texts("prompt", texts, self.tokenizer, settings.max_prompt_tokens, question=False)
+        encoded = [ids for ids in encoded for _ in range(num_images_per_prompt)]
+        keep, known_pixels, known = self._known(known_image, known_mask)
+        faces: list[Image.Image] = []
+        batches = -(-count // batch_size)
+        for index in range(batches):
+            part = slice(index * batch_size, (index + 1) * batch_size)
+            number = len(seeds[part])
+
+            def report(done: int, total: int, before: int = index) -> None:
+                on_step(before * total + done, batches * total)
+
+            with self._on_backend():
+                codes = generate_codes(
+                    self.model,
+                    encoded[part],
+                    seeds[part],
+                    steps=settings.steps,
+                    guidance=settings.guidance_scale,
+                    temperature=settings.temperature,
+                    tau=settings.remask_tau,
+                    known_codes=None if known is None else known[0].expand(number, -1),
+                    known=None if known is None else known[1].expand(number, -1),
+                    on_step=None if on_step is None else report,
+                )
+            pixels = to_uint8(self.codec.decode(codes)).cpu()
+            if keep is not None:
+                pixels = torch.where(keep[..., None], known_pixels, pixels)
+            faces.extend(Image.fromarray(face.numpy()) for face in pixels)
+        return faces
+
+    def _known(
+        self, image: Image.Image | None, mask: Image.Image | Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, tuple[Tensor, Tensor] | None]:
+        """(kept pixels [S, S] bool, pixels [S, S, 3], (codes [N], kept cells [N] bool)), or three times None."""
+        if image is None and mask is None:
+            return None, None, None
+        if image is None or mask is None:
+            given = "known_mask" if image is None else "known_image"
+            raise UserError(f"in-painting: expected known_image and known_mask together, got {given} alone")
+        pixels, _ = inputs.as_pixels("known_image", image, self.image_size)
+        keep = inputs.as_keep_mask(mask, self.image_size)
+        codes = self.codec.encode(to_float(pixels).to(self.device))
+        return keep, pixels[0], (codes[0], inputs.kept_cells(keep, self.codec.grid).to(self.device))
+
+    # ----------------------------------------------------------------------------------------------------- face to text
+
+    def answer(
+        self,
+        images: Images,
+        questions: str | Sequence[str],
+        *,
+        max_new_tokens: int | None = None,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | Sequence[int] = 0,
+        batch_size: int = 64,
+        on_batch: Callable[[int, int], None] | None = None,
+    ) -> list[str]:
+        """Answer questions about faces: question i about image i, or one image with many questions, or the reverse.
+
+        Args:
+            images: RGB PIL images of `image_size`. questions: English; each at most `max_prompt_tokens` tokens.
+            max_new_tokens: None takes the model's default. temperature: 0 takes the likeliest token; above, `top_k` and
+                `top_p` narrow the choice, and answer i uses the seed as image i of `generate` does.
+            on_batch: called as on_batch(done, total) answers after every batch of `batch_size`.
+
+        Returns one string per question. Raises `UserError` for anything that does not fit.
+        """
+        pixels, which = inputs.as_pixels("image", images, self.image_size)
+        texts = inputs.as_texts("question", questions)
+        if len(which) != len(texts) and 1 not in (len(which), len(texts)):
+            raise UserError(
+                f"question: expected one question per image (or a single image or question), got {len(which)} images "
+                f"and {len(texts)} questions"
+            )
+        number = max(len(which), len(texts))
+        which = which * number if len(which) == 1 else which
+        settings = self.defaults.override(max_new_tokens=max_new_tokens)
+        check_number("temperature", temperature, MAX_TEMPERATURE)
+        if top_k is not None:
+            check_count("top_k", top_k)
+        if top_p is not None and check_number("top_p", top_p, 1.0) == 0.0:
+            raise UserError(f"top_p: expected a number above 0 and up to 1, got {top_p!r}")
+        seeds = [to_signed(value) for value in inputs.as_seeds(seed, number)]
+        check_count("batch_size", batch_size)
+        encoded = inputs.encode_texts("question", texts, self.tokenizer, settings.max_prompt_tokens, question=True)
+        encoded = encoded * number if len(encoded) == 1 else encoded
+        codes, features = self.read_images(pixels, batch_size)
+        answers: list[str] = []
+        for start in range(0, number, batch_size):
+            part = slice(start, start + batch_size)
+            rows = torch.tensor(which[part], device=self.device)
+            with self._on_backend():
+                replies = decode_answers(
+                    self.model,
+                    codes[rows],
+                    encoded[part],
+                    {name: feature[rows] for name, feature in features.items()},
+                    max_new_tokens=settings.max_new_tokens,
+                    temperature=temperature,
+                    top_k=top_k,
+                    top_p=top_p,
+                    seeds=seeds[part],
+                )
+            answers.extend(self.tokenizer.decode(ids) for ids in replies)
+            if on_batch is not None:
+                on_batch(len(answers), number)
+        return answers
+
+    def caption(self, images: Images, **options: object) -> list[str]:
+        """One sentence describing each image. `options` are those of `answer`; the defaults are greedy."""
+        return self.answer(images, CAPTION_REQUEST, **options)
+
+    @torch.no_grad()
+    def read_images(self, pixels: Tensor, batch_size: int = 64) -> tuple[Tensor, dict[str, Tensor]]:
+        """What the transformer sees: uint8 [n, S, S, 3] -> codes [n, N], {name: features [n, rows, width]}."""
+        codes: list[Tensor] = []
+        features: dict[str, list[Tensor]] = {name: [] for name in self.parts.encoders}
+        for part in pixels.split(batch_size):
+            images = to_float(part).to(self.device)
+            codes.append(self.codec.encode(images))
+            for name, encoder in self.parts.encoders.items():
+                features[name].append(encoder.encode(images))
+        return torch.cat(codes), {name: torch.cat(rows) for name, rows in features.items()}
+
+
+def _device(device: torch.device | str | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise UserError(f"device: expected a name such as cpu or cuda, got {device!r}") from error
+    if chosen.type not in ("cpu", "cuda"):
+        raise UserError(f"device: expected cpu or cuda, got {device!r}")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device: expected one of {torch.cuda.device_count()} CUDA devices, got {device!r}")
+    return chosen
