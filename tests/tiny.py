@@ -67,7 +67,7 @@ def build_parts(seed: int = 0, features: bool = True) -> Parts:
         codec=codec.eval(),
         tokenizer=text,
         encoders={name: encoder.eval() for name, encoder in encoders.items()},
-        defaults=GenerationConfig(steps=4, max_prompt_tokens=60, max_new_tokens=6),
+        defaults=GenerationConfig(steps=4, max_prompt_tokens=120, max_new_tokens=6),
         judge=judge.eval(),
     )
 

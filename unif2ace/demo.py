@@ -41,6 +41,7 @@ ASKED_FACES = 4
 QUESTIONS_PER_FACE = 6
 REDRAWN_PROMPT = "a person wearing dark sunglasses, grinning, with a black full beard"
 SEED = 3
+SPEED_FACES, SPEED_ROUNDS = 8, 3
 
 
 def run_demo(out: str | Path = "demo", model: str = "avatars-tiny", say: Callable[[str], None] = print) -> list[Path]:
@@ -66,7 +67,7 @@ def run_demo(out: str | Path = "demo", model: str = "avatars-tiny", say: Callabl
     say(f"{files[-1]}: a face, what is kept of it, and three ways to redraw the rest as {REDRAWN_PROMPT!r}")
 
     say("\nfaces and answers per second on this machine (medians of interleaved rounds):\n")
-    say(speed_table(compare_backends(pipe, faces=8, rounds=3)))
+    say(speed_table(compare_backends(pipe, faces=SPEED_FACES, rounds=SPEED_ROUNDS)))
     say(f'\n{time.perf_counter() - started:.0f} s in all; now try: unif2ace generate "{PROMPTS[4]}" --num 16')
     return files
 

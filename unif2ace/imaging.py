@@ -20,7 +20,11 @@ def to_images(images: torch.Tensor) -> list[Image.Image]:
 
 
 def face_grid(
-    images: torch.Tensor | Sequence[Image.Image], texts: Sequence[str] | None = None, *, columns: int = 4, scale: int = 3
+    images: torch.Tensor | Sequence[Image.Image],
+    texts: Sequence[str] | None = None,
+    *,
+    columns: int = 4,
+    scale: int = 3,
 ) -> Image.Image:
     """One picture of all `images`, enlarged `scale` times, each with its text wrapped below it."""
     faces = to_images(images) if isinstance(images, torch.Tensor) else list(images)

@@ -8,7 +8,7 @@ from unif2ace.errors import UserError
 from unif2ace.generation.decoding import decode_answers
 from unif2ace.vocabulary import pack_understanding
 
-END_BIAS = 4.0  # makes this model end some answers early and others not
+END_BIAS = 5.0  # makes this random model end its answers after different numbers of tokens
 QUESTIONS = [[5, 6, 7, 8], [9], [10, 11, 12, 13, 14, 15, 16]]
 
 

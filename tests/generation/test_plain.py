@@ -98,9 +98,12 @@ def test_cached_text_gives_the_tokens_of_the_loop_written_out():
 def test_guidance_zero_runs_the_conditional_half_only(model, monkeypatch):
     rows = []
     forward = type(model).forward
-    monkeypatch.setattr(
-        type(model), "forward", lambda self, batch, **kw: rows.append(batch.layout.num_rows) or forward(self, batch, **kw)
-    )
+
+    def counted(self, batch, **options):
+        rows.append(batch.layout.num_rows)
+        return forward(self, batch, **options)
+
+    monkeypatch.setattr(type(model), "forward", counted)
     generate_codes(model, PROMPTS[:2], SEEDS[:2], steps=2, guidance=0.0)
     halves = rows[1:]
     generate_codes(model, PROMPTS[:2], SEEDS[:2], steps=2, guidance=1.0)

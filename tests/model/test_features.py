@@ -7,7 +7,14 @@ import torch
 
 from unif2ace.errors import UserError
 from unif2ace.model import features
-from unif2ace.model.features import AntelopeEncoder, ClipEncoder, FeatureEncoder, SmallClipEncoder, SmallFaceEncoder, TowerConfig
+from unif2ace.model.features import (
+    AntelopeEncoder,
+    ClipEncoder,
+    FeatureEncoder,
+    SmallClipEncoder,
+    SmallFaceEncoder,
+    TowerConfig,
+)
 
 TINY = TowerConfig(image_size=32, widths=(8, 8, 16, 16), width=8)
 
@@ -60,7 +67,7 @@ def test_missing_packages_and_files(tmp_path):
         AntelopeEncoder(tmp_path / "absent.onnx")
     path = tmp_path / "wrong.onnx"
     path.write_bytes(b"not a model")
-    with pytest.raises(UserError, match="pip install|ONNX model"):
+    with pytest.raises(UserError, match=r"pip install|ONNX model"):
         AntelopeEncoder(path)
 
 

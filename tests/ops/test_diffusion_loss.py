@@ -33,8 +33,9 @@ each_weight = pytest.mark.parametrize("score_weight", SCORE_WEIGHTS)
 each_columns = pytest.mark.parametrize("score_columns", SCORE_COLUMNS)
 
 
-@pytest.fixture(autouse=True, params=[1 << 19, 100], ids=["one-chunk", "many-chunks"])
+@pytest.fixture(params=[1 << 19, 100], ids=["one-chunk", "many-chunks"])
 def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the test with all rows in one chunk, and again with a row or so in each."""
     monkeypatch.setattr("unif2ace.ops.diffusion_loss.CHUNK_ELEMENTS", request.param)
 
 
@@ -80,6 +81,7 @@ def test_linear_loss_and_gradients(backend: str, sliced: bool, shape: LossShape,
     assert_matches_reference(run, head(shape), dtype, backend)
 
 
+@pytest.mark.usefixtures("chunk")
 @each_shape
 @pytest.mark.parametrize("sliced", [False, True], ids=["all-columns", "code-columns"])
 def test_linear_loss_is_its_definition(sliced: bool, shape: LossShape):
@@ -132,7 +134,7 @@ def test_all_rows_ignored(backend: str):
         **inputs, targets=targets, mask_ratio=torch.ones(5), num_image_tokens=4, code_columns=(6, 10), backend=backend
     )
     (loss + result.total).backward()
-    assert float(loss) == float(result.total) == float(result.score) == float(result.mask_nll) == 0.0
+    assert [x.item() for x in (loss, *result[:3])] == [0.0] * 4
     assert not nll.any()
     assert all(not x.grad.any() for x in inputs.values())
 
@@ -165,6 +167,7 @@ def test_equal_calls_give_equal_bits_forward_and_backward(backend: str):
 # ---------------------------------------------------------------------------------------------------------- d3diff_loss
 
 
+@pytest.mark.usefixtures("chunk")
 @each_dtype
 @each_shape
 @each_columns
@@ -188,6 +191,7 @@ def test_d3diff_and_gradients(backend: str, score_columns: str, shape: LossShape
     assert_matches_reference(run, head(shape), dtype, backend)
 
 
+@pytest.mark.usefixtures("chunk")
 @each_shape
 @each_columns
 @each_weight
@@ -307,9 +311,8 @@ def test_d3diff_of_any_shape(rows: int, hidden: int, start: int, codes: int, dat
     options |= {"score_columns": data.draw(st.sampled_from(SCORE_COLUMNS))}
     ratio = torch.rand(rows, dtype=torch.float64)
     wanted = reference_d3diff_loss(**inputs, targets=targets.long(), mask_ratio=ratio, **options)
-    for backend in BACKENDS:
-        found = d3diff_loss(**inputs, targets=targets.long(), mask_ratio=ratio, **options, backend="reference")
-        torch.testing.assert_close(tuple(found), tuple(wanted), msg=backend)
+    found = d3diff_loss(**inputs, targets=targets.long(), mask_ratio=ratio, **options)
+    torch.testing.assert_close(tuple(found), tuple(wanted))
 
 
 # ------------------------------------------------------------------------------------------------ registration, refusal
@@ -400,5 +403,5 @@ def test_double_backward_is_refused_not_wrong():
     with registered():
         loss, _ = linear_loss(hidden, inputs["weight"], None, torch.tensor([1, 2, 3, 4]), torch.ones(4))
     (grad,) = torch.autograd.grad(loss * loss, hidden, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable|does not require grad"):
-        torch.autograd.grad(grad.sum(), hidden)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()

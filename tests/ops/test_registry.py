@@ -66,7 +66,7 @@ def test_unknown_names_are_refused(toy: str):
         use_backend("cuda")
     with pytest.raises(UserError, match=f"{toy}: unknown back end 'fast'"):
         _registry.choose(toy, "fast", CPU)
-    with pytest.raises(UserError, match="unknown op 'nothing'; known ops: .*routing"):
+    with pytest.raises(UserError, match=r"unknown op 'nothing'; known ops: .*routing"):
         _registry.why_not("nothing", "reference")
 
 

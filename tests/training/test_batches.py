@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from unif2ace.data.avatars import sample_face
 from unif2ace.data.attributes import ATTRIBUTES, visible
+from unif2ace.data.avatars import sample_face
 from unif2ace.data.language import caption, full_caption, questions
 from unif2ace.data.loader import FaceTable
 from unif2ace.data.text import TextTokenizer

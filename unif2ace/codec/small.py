@@ -17,7 +17,7 @@ Three choices carry the quality at under a million parameters:
 The 3x3 kernels at 8x8 are few on purpose, fewest in the encoder: a code should describe mainly its own 8x8 pixels and
 their neighbours, which is what lets a transformer predict it from context and an in-painter replace it alone.
 
-Cost per image at the default width: about 0.1 GFLOP to encode and 0.15 to decode.
+Cost per image at the default width: 0.08 GFLOP to encode, 0.10 to decode; 0.77 M parameters.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ class SmallCodec(nn.Module):
         channels = len(self.config.levels)
         self.encoder = Encoder(self.config)
         self.normalise = nn.BatchNorm2d(channels, affine=False)
-        # Unit variance puts 4 levels at 21/29/29/21 % of a Gaussian: close enough to uniform that no gain is learned.
+        # On a unit Gaussian FSQ's 4 levels take 12, 24, 31 and 32 %: all in use, so no gain needs to be learned.
         self.quantise = FSQ(list(self.config.levels))
         self.decoder = Decoder(self.config)
 

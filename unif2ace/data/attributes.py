@@ -1,11 +1,12 @@
 """What a drawn face can look like: the named attributes of the avatar dataset and when each can be seen.
 
-Each field of `python_avatars` that still differs visibly at 64 pixels is one attribute with plain English values. Left out:
-the joke parts (vomit, hearts, dizzy eyes), near-twins of a part that is kept (fewer than a handful of pixels differ), parts that
-hide half the face (space helmet, cowl), parts below the crop (shirt prints) and the three noses (at most a dozen faint pixels).
+Each field of `python_avatars` that still differs visibly at 64 pixels is one attribute with plain English values.
+Left out: the joke parts (vomit, hearts, dizzy eyes), near-twins of a part that is kept (fewer than a handful of
+pixels differ), parts that hide half the face (space helmet, cowl), parts below the crop (shirt prints) and the three
+noses (at most a dozen faint pixels).
 
-The families follow UniF2aceD-1M: *appearance* (what a person looks like), *emotion* (what the face expresses), *action* (what the
-person does or wears for it).
+The families follow UniF2aceD-1M: *appearance* (what a person looks like), *emotion* (what the face expresses),
+*action* (what the person does or wears for it).
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ NONE = "none"
 
 @dataclass(frozen=True)
 class Attribute:
-    """One labelled property. `parts` maps an English value to the member name of the `python_avatars` enum (or a colour)."""
+    """One labelled property. `parts` maps an English value to the member name of the `python_avatars` enum (or a
+    colour).
+    """
 
     name: str
     family: str
@@ -111,9 +114,7 @@ _ALL = (
         },
         ("What is the hairstyle?", "How is the hair styled?"),
     ),
-    Attribute(
-        "hair color", "appearance", dict(_HAIR_COLORS), ("What color is the hair?", "Which hair color is it?")
-    ),
+    Attribute("hair color", "appearance", dict(_HAIR_COLORS), ("What color is the hair?", "Which hair color is it?")),
     Attribute(
         "headwear",
         "action",

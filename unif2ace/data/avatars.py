@@ -1,8 +1,8 @@
 """Labelled cartoon faces, drawn on the spot: the bundled model's dataset.
 
-`python_avatars` composes an SVG from named parts, `resvg_py` rasterises it. A face is a pure function of (dataset seed, index), so
-a dataset can be drawn by any number of workers, stopped and restarted, and always comes out the same. Its split is a hash of
-its visible attributes: two faces that look alike are always in the same split.
+`python_avatars` composes an SVG from named parts, `resvg_py` rasterises it. A face is a pure function of (dataset
+seed, index), so a dataset can be drawn by any number of workers, stopped and restarted, and always comes out the
+same. Its split is a hash of its visible attributes: two faces that look alike are always in the same split.
 
 Cost: about 120 faces per second and core at 64 pixels.
 """
@@ -34,7 +34,11 @@ _HEADWEAR_SHARE, _FACIAL_HAIR_SHARE, _EYEWEAR_SHARE = 0.25, 0.5, 0.55
 def sample_face(rng: np.random.Generator) -> dict[str, str]:
     """Draw a value for every attribute: uniform, but for the share of faces that wear something at all."""
     face = {name: attribute.values[rng.integers(len(attribute.values))] for name, attribute in ATTRIBUTES.items()}
-    for name, share in (("headwear", _HEADWEAR_SHARE), ("facial hair", _FACIAL_HAIR_SHARE), ("eyewear", _EYEWEAR_SHARE)):
+    for name, share in (
+        ("headwear", _HEADWEAR_SHARE),
+        ("facial hair", _FACIAL_HAIR_SHARE),
+        ("eyewear", _EYEWEAR_SHARE),
+    ):
         worn = [value for value in ATTRIBUTES[name].values if value != NONE]
         face[name] = worn[rng.integers(len(worn))] if rng.random() < share else NONE
     if face["headwear"] == "hijab":
@@ -111,14 +115,18 @@ def _jobs(folder: Path, faces: int, seed: int, size: int) -> Iterator[tuple[Path
         yield folder / f"faces-{number:05d}.parquet", seed, start, min(start + SHARD_FACES, faces), size
 
 
-def build_dataset(folder: Path, *, faces: int = 24_000, seed: int = 0, size: int = 64, workers: int | None = None) -> int:
+def build_dataset(
+    folder: Path, *, faces: int = 24_000, seed: int = 0, size: int = 64, workers: int | None = None
+) -> int:
     """Draw a dataset into `folder`, one Parquet file per thousand faces; returns how many files were drawn now.
 
     Files that exist are kept, so an interrupted call is finished by the same call. `dataset.json` records the settings;
     a folder of other settings is refused rather than mixed.
     """
     if faces < 1 or size < 32:
-        raise UserError(f"data avatars: expected at least 1 face of at least 32 pixels, got {faces} faces of {size} pixels")
+        raise UserError(
+            f"data avatars: expected at least 1 face of at least 32 pixels, got {faces} faces of {size} pixels"
+        )
     folder = Path(folder)
     settings = {"generator": "avatars", "version": 1, "faces": faces, "seed": seed, "size": size}
     record = folder / "dataset.json"

@@ -1,7 +1,7 @@
 """Sentences about a drawn face: captions, and questions with exact answers.
 
-A caption mentions each visible attribute with a probability of 0.92 in one of several wordings and a shuffled order, and says which it
-mentions, so that a generated face can be held against what was asked.
+A caption mentions each visible attribute with a probability of 0.92 in one of several wordings and a shuffled order,
+and says which it mentions, so that a generated face can be held against what was asked.
 """
 
 from __future__ import annotations
@@ -25,7 +25,19 @@ class Question(NamedTuple):
 
 
 # Values that are no countable noun take no article.
-_PLURAL_ENDINGS = ("hair", "curls", "twists", "cornrows", "braids", "pigtails", "dreadlocks", "bangs", "overalls", "glasses", "armour")
+_PLURAL_ENDINGS = (
+    "hair",
+    "curls",
+    "twists",
+    "cornrows",
+    "braids",
+    "pigtails",
+    "dreadlocks",
+    "bangs",
+    "overalls",
+    "glasses",
+    "armour",
+)
 _DESCRIBE = ("Describe the face.", "What does the person look like?", "Write a caption for this face.")
 
 
@@ -40,10 +52,15 @@ def _colored(face: dict[str, str], noun: str, color: str, keep_color: bool) -> s
 
 
 def caption(face: dict[str, str], rng: np.random.Generator, mention: float = 0.92) -> Caption:
-    """One sentence about `face` (attribute name -> value); `mention` is the chance that a visible attribute is named."""
+    """One sentence about `face` (attribute name -> value); `mention` is the chance that each visible one is named."""
     seen = visible(face)
     keep = {name for name in seen if rng.random() < mention}
-    for color, owner in (("hair color", "hair"), ("headwear color", "headwear"), ("facial hair color", "facial hair"), ("clothing color", "clothing")):
+    for color, owner in (
+        ("hair color", "hair"),
+        ("headwear color", "headwear"),
+        ("facial hair color", "facial hair"),
+        ("clothing color", "clothing"),
+    ):
         if owner not in keep:
             keep.discard(color)  # a colour is only said of a thing that is named
     said: list[str] = []
@@ -54,10 +71,18 @@ def caption(face: dict[str, str], rng: np.random.Generator, mention: float = 0.9
         said.extend(name for name in names if name in keep)
 
     if "hair" in keep:
-        say("with " + _with_article(_colored(seen, seen["hair"], "hair color", "hair color" in keep)), "hair", "hair color")
+        say(
+            "with " + _with_article(_colored(seen, seen["hair"], "hair color", "hair color" in keep)),
+            "hair",
+            "hair color",
+        )
     if "headwear" in keep and seen["headwear"] != NONE:
         verb = ("wearing ", "with ")[rng.integers(2)]
-        say(verb + _with_article(_colored(seen, seen["headwear"], "headwear color", "headwear color" in keep)), "headwear", "headwear color")
+        say(
+            verb + _with_article(_colored(seen, seen["headwear"], "headwear color", "headwear color" in keep)),
+            "headwear",
+            "headwear color",
+        )
     elif "headwear" in keep and rng.random() < 0.25:
         say(("wearing nothing on the head", "without headwear")[rng.integers(2)], "headwear")
     if "eyebrows" in keep:
@@ -83,13 +108,17 @@ def caption(face: dict[str, str], rng: np.random.Generator, mention: float = 0.9
             say(("in ", "wearing ", "dressed in ")[rng.integers(3)] + _with_article(noun), "clothing", "clothing color")
     rng.shuffle(parts)
     if "skin" in keep:
-        subject = ("a {} person", "a person with {} skin", "a face with {} skin", "a {} face")[rng.integers(4)].format(seen["skin"])
+        subject = ("a {} person", "a person with {} skin", "a face with {} skin", "a {} face")[rng.integers(4)].format(
+            seen["skin"]
+        )
         said.append("skin")
     else:
         subject = ("a person", "a face", "somebody")[rng.integers(3)]
     text = ", ".join([subject, *parts])
     if "background" in keep:
-        text += (" on a {} background", ", {} background", " in front of a {} wall")[rng.integers(3)].format(seen["background"])
+        text += (" on a {} background", ", {} background", " in front of a {} wall")[rng.integers(3)].format(
+            seen["background"]
+        )
         said.append("background")
     return Caption(text, [name for name in ATTRIBUTES if name in said])
 
@@ -112,14 +141,19 @@ def _pieces(seen: dict[str, str]) -> list[str]:
 
 
 def full_caption(seen: dict[str, str]) -> str:
-    """The complete description that captioning is trained on: all of `seen` (the visible attributes), in a fixed order."""
+    """The complete description that captioning is trained on: all of `seen` (what is visible), in a fixed order."""
     return "a person with " + ", ".join(_pieces(seen))
 
 
 def _all_pieces() -> dict[str, dict[str, str]]:
     """Every phrase `_pieces` can make -> the attributes it states."""
     table = {"clean-shaven": {"facial hair": NONE}, "no glasses": {"eyewear": NONE}}
-    for thing, color in (("hair", "hair color"), ("headwear", "headwear color"), ("facial hair", "facial hair color"), ("clothing", "clothing color")):
+    for thing, color in (
+        ("hair", "hair color"),
+        ("headwear", "headwear color"),
+        ("facial hair", "facial hair color"),
+        ("clothing", "clothing color"),
+    ):
         for noun in ATTRIBUTES[thing].values:
             if noun != NONE:
                 table[noun] = {thing: noun}
@@ -150,7 +184,7 @@ def describe_prompt(rng: np.random.Generator) -> str:
 
 
 def questions(face: dict[str, str], rng: np.random.Generator) -> list[Question]:
-    """One open question for each visible attribute and three yes/no questions: at least twelve in total."""
+    """One open question per visible attribute and three or four yes/no questions: at least ten in total."""
     result = []
     for name, value in visible(face).items():
         wordings = ATTRIBUTES[name].question

@@ -42,12 +42,18 @@ class FaceTable:
             raise UserError(f"split: expected one of {', '.join(schema.SPLITS)}, got {split!r}")
         paths = sorted(Path(folder).glob("*.parquet"))
         if not paths:
-            raise UserError(f"{folder}: expected a folder with Parquet files of faces (make one with `unif2ace data avatars`), found none")
+            raise UserError(
+                f"{folder}: expected a folder with Parquet files of faces (make one with `unif2ace data avatars`), "
+                "found none"
+            )
         rows = schema.read_table(paths, split)
         rows = rows.slice(0, limit) if limit is not None else rows
         if len(rows) == 0:
             raise UserError(f"{folder}: the split {split!r} has no faces")
-        images = [_decode(row["bytes"], identifier) for row, identifier in zip(rows["image"].to_pylist(), rows["id"].to_pylist(), strict=True)]
+        images = [
+            _decode(row["bytes"], identifier)
+            for row, identifier in zip(rows["image"].to_pylist(), rows["id"].to_pylist(), strict=True)
+        ]
         sizes = {image.shape for image in images}
         if len(sizes) != 1:
             raise UserError(f"{folder}: expected pictures of one size, got {sorted(sizes)}")
@@ -65,10 +71,13 @@ def _decode(encoded: bytes, identifier: str) -> np.ndarray:
     try:
         return np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"))
     except (UnidentifiedImageError, OSError) as error:
-        raise UserError(f"face {identifier}: expected an encoded picture, got {len(encoded)} bytes that are none") from error
+        raise UserError(
+            f"face {identifier}: expected an encoded picture, got {len(encoded)} bytes that are none"
+        ) from error
 
 
 def _labels(known: dict[str, str]) -> list[int]:
     return [
-        attribute.index(known[name]) if known.get(name) in attribute.parts else -1 for name, attribute in ATTRIBUTES.items()
+        attribute.index(known[name]) if known.get(name) in attribute.parts else -1
+        for name, attribute in ATTRIBUTES.items()
     ]

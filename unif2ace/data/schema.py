@@ -58,7 +58,9 @@ def read_table(paths: Iterable[Path], split: str | None = None) -> pa.Table:
         try:
             table = pq.read_table(path)
         except (OSError, pa.ArrowInvalid) as error:
-            raise UserError(f"{path}: expected a readable Parquet file of faces, got: {str(error).splitlines()[0]}") from error
+            raise UserError(
+                f"{path}: expected a readable Parquet file of faces, got: {str(error).splitlines()[0]}"
+            ) from error
         if not table.schema.equals(SCHEMA):
             raise UserError(f"{path}: expected the columns {SCHEMA.names}, got {table.schema.names} (or other types)")
         tables.append(table)

@@ -1,7 +1,7 @@
 """Text <-> token ids: a byte-level BPE from the `tokenizers` library.
 
-Byte-level means every string has ids and no string is out of vocabulary. The small model's tokenizer lower-cases first, so "Red Hair" and
-"red hair" are the same prompt.
+Byte-level means every string has ids and no string is out of vocabulary. The small model's tokenizer lower-cases
+first, so "Red Hair" and "red hair" are the same prompt.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ QUESTION_TEMPLATE = "USER: \n{question} ASSISTANT:"
 
 
 class TextTokenizer:
-    """`encode(text) -> list[int]`, `decode(ids) -> str`; `size` ids, `end_of_text` serves as begin, end and separator."""
+    """`encode(text) -> list[int]`, `decode(ids) -> str`; `size` ids, `end_of_text` serves as begin, end and
+    separator.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         end_of_text = tokenizer.token_to_id(END_OF_TEXT)
@@ -31,7 +33,7 @@ class TextTokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], size: int) -> TextTokenizer:
-        """Learn a vocabulary of at most `size` ids (256 bytes, merges, the end-of-text token); a second for 100,000 captions."""
+        """Learn at most `size` ids: 256 bytes, merges, the end-of-text token. A second for 100,000 captions."""
         tokenizer = Tokenizer(models.BPE())
         tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)

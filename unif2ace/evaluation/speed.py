@@ -93,7 +93,7 @@ def compare_training(
     )
     batch = batches(torch.arange(len(table)), np.random.default_rng(0))
     model = copy.deepcopy(pipe.model).train()
-    optimizer = MuonAdamW(model.parameters(), lr=1e-4)
+    optimizer = MuonAdamW(model, lr=1e-4)
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)

@@ -1,7 +1,8 @@
 """Answers and captions: batched next-token decoding with a key/value cache.
 
-The image prefix and the question are run once; then one row per sequence and step. Questions of different lengths share a batch (rows
-are packed, lengths are known on the host). Greedy by default; with temperature, top-k and top-p, from the same stateless noise as faces.
+The image prefix and the question are run once; then one row per sequence and step. Questions of different lengths
+share a batch (rows are packed, lengths are known on the host). Greedy by default; with temperature, top-k and top-p,
+from the same stateless noise as faces.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ def decode_answers(
     seeds: Sequence[int] | None = None,
     backend: str | None = None,
 ) -> list[list[int]]:
-    """Token ids of one answer per image: `codes` [B, N], `questions` (token ids with the template), features of the images.
+    """Token ids of one answer per image: `codes` [B, N], `questions` (token ids with the template), features of the
+    images.
 
     Stops at the end-of-text token (left out of the result) or after `max_new_tokens`. `temperature` 0 is greedy.
     """

@@ -1,8 +1,9 @@
 """Text to face, the loop of the paper written plainly: masked discrete diffusion over the codes of an image.
 
-Start with every wanted code unknown. Each step runs the transformer over the image rows (the text's keys and values are cached,
-they never change), samples all unknown codes at once, and re-masks the least certain ones as the schedule says. Noise depends on
-the request's seed, the position and the step alone, so a face does not depend on the batch it is drawn in.
+Start with every wanted code unknown. Each step runs the transformer over the image rows (the text's keys and values
+are cached, they never change), samples all unknown codes at once, and re-masks the least certain ones as the schedule
+says. Noise depends on the request's seed, the position and the step alone, so a face does not depend on the batch it
+is drawn in.
 
 Cost: steps * 2 (with guidance) * images * (N + 2) rows through the transformer.
 """

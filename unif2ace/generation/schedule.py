@@ -3,8 +3,8 @@
     n_k+1 = max(1, min(n_k - 1, floor(u0 cos(pi (k+1) / 2T))))   and 0 after the last step
     tau_k = tau_0 (1 - (k+1) / T)
 
-The published Show-o loop differs in two ways, kept under the name "show-o" for comparison: it scales the cosine by N instead of u0,
-and multiplies tau by (1 - (k+1)/T) at every step instead of computing it afresh.
+The published Show-o loop differs in two ways, kept under the name "show-o" for comparison: it scales the cosine by N
+instead of u0, and multiplies tau by (1 - (k+1)/T) at every step instead of computing it afresh.
 """
 
 from __future__ import annotations
@@ -19,17 +19,22 @@ MAX_STEPS = 1024
 
 
 class Step(NamedTuple):
-    """`unknown` tokens when the step starts, `keep` of them stay unknown after it, `tau` scales the re-masking noise."""
+    """`unknown` tokens when the step starts, `keep` of them stay unknown after it, `tau` scales the re-masking
+    noise.
+    """
 
     unknown: int
     keep: int
     tau: float
 
 
-def schedule_steps(unknown: int, steps: int, *, tau: float = 1.0, num_tokens: int | None = None, schedule: str = "cosine") -> list[Step]:
+def schedule_steps(
+    unknown: int, steps: int, *, tau: float = 1.0, num_tokens: int | None = None, schedule: str = "cosine"
+) -> list[Step]:
     """The steps for an image that starts with `unknown` tokens to draw; shorter than `steps` once nothing is unknown.
 
-    `num_tokens` (N) is read by "show-o" only. Raises `UserError` for an unknown schedule or a number of steps out of range.
+    `num_tokens` (N) is read by "show-o" only. Raises `UserError` for an unknown schedule or a number of steps out of
+    range.
     """
     if schedule not in SCHEDULES:
         raise UserError(f"schedule: expected one of {', '.join(SCHEDULES)}, got {schedule!r}")

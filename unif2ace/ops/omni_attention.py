@@ -51,16 +51,15 @@ class _Run(NamedTuple):
 
 
 def reference_omni_attention(q: Tensor, k: Tensor, v: Tensor, blocks: AttentionBlocks, scale: float) -> Tensor:
-    """The definition, block by block: scores, mask, softmax, weighted sum; in float32 or wider."""
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    parts = [q.new_zeros((0, *q.shape[1:]))]
+    """The definition, block by block, in the dtype of the inputs: scores, mask, softmax, weighted sum."""
+    parts = [q[:0]]
     for q_start, q_end, k_start, k_end, causal in sorted(blocks):
-        query, key, value = q[q_start:q_end].to(wide), k[k_start:k_end].to(wide), v[k_start:k_end].to(wide)
+        query, key, value = q[q_start:q_end], k[k_start:k_end], v[k_start:k_end]
         scores = torch.einsum("qhd,khd->hqk", query, key) * scale
         if causal:
             seen = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device)
             scores = scores.masked_fill(~seen.tril(scores.shape[2] - scores.shape[1]), -math.inf)
-        parts.append(torch.einsum("hqk,khd->qhd", scores.softmax(dim=-1), value).to(q.dtype))
+        parts.append(torch.einsum("hqk,khd->qhd", scores.softmax(dim=-1), value))
     return torch.cat(parts)
 
 
@@ -262,7 +261,8 @@ def omni_attention(
         if x.dim() != 3 or x.shape[1:] != q.shape[1:] or x.dtype != q.dtype or x.shape != k.shape:
             expected = f"[S, {q.shape[1]}, {q.shape[2]}] {_short(q.dtype)}, the same for k and v"
             raise UserError(f"omni_attention: {name} must be {expected}, got {_describe(x)}")
-    blocks = _checked(tuple(tuple(block) for block in blocks), q.shape[0], k.shape[0])
+    check = _check_blocks if torch.compiler.is_compiling() else _check_blocks_once
+    blocks = check(tuple(tuple(block) for block in blocks), q.shape[0], k.shape[0])
     scale = 1.0 / math.sqrt(q.shape[2]) if scale is None else float(scale)
     name = _registry.choose("omni_attention", backend, q.device, q.dtype)
     if torch.compiler.is_compiling() or name == "triton":
@@ -274,9 +274,8 @@ def omni_attention(
     return _native_forward(q, k, v, blocks, scale)
 
 
-@lru_cache(maxsize=512)
-def _checked(blocks: AttentionBlocks, rows: int, keys: int) -> AttentionBlocks:
-    """Refuse blocks that do not fit T = rows and S = keys (once per set of blocks); returns them."""
+def _check_blocks(blocks: AttentionBlocks, rows: int, keys: int) -> AttentionBlocks:
+    """Refuse blocks that do not fit T = rows and S = keys; returns them."""
     covered = 0
     for block in sorted(blocks):
         if len(block) != 5:
@@ -294,6 +293,9 @@ def _checked(blocks: AttentionBlocks, rows: int, keys: int) -> AttentionBlocks:
     if covered != rows:
         raise UserError(f"omni_attention: query row {covered} is in no block")
     return blocks
+
+
+_check_blocks_once = lru_cache(maxsize=512)(_check_blocks)  # every layer passes the same blocks
 
 
 def _describe(x: Tensor) -> str:

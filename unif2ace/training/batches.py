@@ -3,10 +3,10 @@
 A step's batch is a function of (seed, step) alone, so a resumed run sees what an uninterrupted one would have seen.
 
 * generation: a caption and the face's codes, part of them masked. Per face t ~ U(0, 1), mask ratio cos(pi t / 2),
-  n = max(1, round(N m)) positions chosen uniformly; the *realised* ratio n / N goes to the loss. One prompt in ten is replaced by nothing
-  (condition dropout), which trains the unconditional half of guidance.
-* understanding: a face's codes, then either a request for a description or several questions in a row, each answer closed by the
-  end-of-text token. Only answers are trained.
+  n = max(1, round(N m)) positions chosen uniformly; the *realised* ratio n / N goes to the loss. One prompt
+  in ten is replaced by nothing (condition dropout), which trains the unconditional half of guidance.
+* understanding: a face's codes, then either a request for a description or several questions in a row, each answer
+  closed by the end-of-text token. Only answers are trained.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ from unif2ace.vocabulary import PackedBatch, Vocabulary, concatenate, pack_gener
 class MixedBatch:
     """One step: `packed` with generation sequences first, and what its rows must predict.
 
-    code_rows [R], code_targets [R] (token ids), code_mask_ratio [R]: the masked image rows. answer_rows [A], answer_targets [A]
-    (token ids): rows whose next token is trained. mask_ratio [B_gen] and features feed the sequence-level experts.
+    code_rows [R], code_targets [R] (token ids), code_mask_ratio [R]: the masked image rows. answer_rows [A],
+    answer_targets [A] (token ids): rows whose next token is trained. mask_ratio [B_gen] and features feed the
+    sequence-level experts.
     """
 
     packed: PackedBatch
@@ -45,7 +46,9 @@ class MixedBatch:
 
 @dataclass(frozen=True)
 class TokenizedFaces:
-    """A split ready for the transformer: `codes` [n, N] int64, frozen encoder `features` name -> [n, rows, width], and the texts."""
+    """A split ready for the transformer: `codes` [n, N] int64, frozen encoder `features` name -> [n, rows, width],
+    and the texts.
+    """
 
     table: FaceTable
     codes: Tensor
@@ -136,4 +139,3 @@ class MixedBatches:
             trained += range(len(ids), len(ids) + len(reply))
             ids += reply
         return ids, trained
-

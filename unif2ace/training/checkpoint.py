@@ -1,7 +1,7 @@
 """Training checkpoints that are whole or absent.
 
-A checkpoint is one file, written under a temporary name, flushed to disk and renamed: a crash at any moment leaves the previous
-checkpoint in place. `latest` skips nothing silently: the newest file either loads or is refused by name.
+A checkpoint is one file, written under a temporary name, flushed to disk and renamed: a crash at any moment leaves
+the previous checkpoint in place. `latest` skips nothing silently: the newest file either loads or is refused by name.
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ def latest(folder: Path) -> dict | None:
         return torch.load(paths[-1], map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle and io errors of many types: all mean "not a checkpoint"
         reason = str(error).splitlines()[0]
-        raise UserError(f"{paths[-1]}: expected a training checkpoint, got a corrupt file ({reason}); delete it to resume from an older one") from error
+        raise UserError(
+            f"{paths[-1]}: expected a training checkpoint, got a corrupt file ({reason}); delete it to resume from an older one"
+        ) from error
 
 
 def _sorted(folder: Path) -> list[Path]:

@@ -1,4 +1,6 @@
-"""Training of the transformer, from the section `[train]` of a recipe: mixed batches, the objective, held-out losses, sample grids."""
+"""Training of the transformer, from the section `[train]` of a recipe: mixed batches, the objective, held-out losses,
+sample grids.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,8 @@ SAMPLES = 8
 class ModelTraining(FitSettings):
     """Settings of one training; `generation` + `understanding` sequences make a step's batch.
 
-    turns: questions asked in a row about one face; caption_share: share of understanding sequences that ask for a description instead.
-    The fields from `alpha` on are those of `ObjectiveSettings`.
+    turns: questions asked in a row about one face; caption_share: share of understanding sequences that ask for a
+    description instead. The fields from `alpha` on are those of `ObjectiveSettings`.
     """
 
     generation: int = 24
@@ -62,8 +64,8 @@ def train_model(
 ) -> dict[str, float]:
     """Train `model` in place; returns the last held-out losses.
 
-    Writes `train.jsonl`, `checkpoint.pt` (resumable to the same losses) and `samples-<step>.png` (faces drawn from held-out captions)
-    into `folder`.
+    Writes `train.jsonl`, `checkpoint.pt` (resumable to the same losses) and `samples-<step>.png` (faces drawn from
+    held-out captions) into `folder`.
     """
     objective = settings.objective()
 
@@ -93,7 +95,9 @@ def train_model(
         for index in range(HELD_OUT_BATCHES):
             start = index * settings.batch_size % max(1, len(val.table) - settings.batch_size)
             rows = torch.arange(start, start + settings.batch_size)
-            reports = training_losses(model, val_batches(rows, np.random.default_rng([settings.seed, index])), objective)
+            reports = training_losses(
+                model, val_batches(rows, np.random.default_rng([settings.seed, index])), objective
+            )
             for name, value in reports.items():
                 totals[f"val_{name}"] = totals.get(f"val_{name}", 0.0) + float(value) / HELD_OUT_BATCHES
         evaluations += 1

@@ -2,8 +2,8 @@
 
     loss = w_ntp * NTP + w_gen * (mask_nll + alpha * score) + balance + z
 
-`mask_nll` is the mean over masked tokens of -log p(x0 | xt), `score` the score-entropy term (see `ops/diffusion_loss.py`), NTP the mean
-over answer tokens of the cross-entropy over the whole vocabulary.
+`mask_nll` is the mean over masked tokens of -log p(x0 | xt), `score` the score-entropy term (see
+`ops/diffusion_loss.py`), NTP the mean over answer tokens of the cross-entropy over the whole vocabulary.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from unif2ace.vocabulary import Vocabulary
 
 @dataclass(frozen=True)
 class ObjectiveSettings:
-    """Weights of the terms; `alpha`, `score_weight` and `score_columns` are D3Diff's (alpha = 0: plain masked generation)."""
+    """Weights of the terms; `alpha`, `score_weight` and `score_columns` are D3Diff's (alpha = 0: plain masked
+    generation).
+    """
 
     alpha: float = 0.01
     score_weight: str = "sigma"

@@ -1,11 +1,12 @@
 """A recipe: everything that turns nothing into a usable model, in one TOML file and one command.
 
-Stages, in order: draw the dataset, learn the tokenizer, train the codec, the two small frozen encoders and the judge, turn the faces into codes
-and features, train the transformer, export one folder that `UniF2acePipeline.from_pretrained` reads. Each stage leaves a file when it is
-done and is skipped when that file exists; an interrupted stage continues from its checkpoint.
+Stages, in order: draw the dataset, learn the tokenizer, train the codec, the two small frozen encoders and the judge,
+turn the faces into codes and features, train the transformer, export one folder that
+`UniF2acePipeline.from_pretrained` reads. Each stage leaves a file when it is done and is skipped when that file
+exists; an interrupted stage continues from its checkpoint.
 
-A recipe may say `extends = "other.toml"` and give only the fields that differ. With `reuse`, stages before `train` that are complete in another
-run's folder are read from there: an ablation trains one transformer, not six networks.
+A recipe may say `extends = "other.toml"` and give only the fields that differ. With `reuse`, stages before `train`
+that are complete in another run's folder are read from there: an ablation trains one transformer, not six networks.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ STAGES = ("data", "tokenizer", "codec", "clip", "face", "judge", "tokens", "trai
 
 
 def read_recipe(path: Path) -> dict[str, dict]:
-    """The sections of a recipe, those of the recipes it `extends` underneath; `UserError` for bad TOML or unknown sections."""
+    """The sections of a recipe over those of the one it `extends`; `UserError` for bad TOML or unknown sections."""
     try:
         content = tomllib.loads(path.read_text())
     except OSError as error:
@@ -106,7 +107,9 @@ class Recipe:
         texts = [caption.text for captions in table.captions for caption in captions]
         texts += [full_caption(seen) for seen in table.attributes]
         texts += [
-            f"{QUESTION_TEMPLATE.format(question=pair.question)} {pair.answer}" for pairs in table.questions for pair in pairs
+            f"{QUESTION_TEMPLATE.format(question=pair.question)} {pair.answer}"
+            for pairs in table.questions
+            for pair in pairs
         ]
         self.folder("tokenizer").mkdir(parents=True, exist_ok=True)
         TextTokenizer.train(texts, **self.section("tokenizer")).save_pretrained(self.folder("tokenizer"))
@@ -130,7 +133,10 @@ class Recipe:
     def run_tokens(self) -> None:
         """Codes and features of both splits, so that training never runs the frozen networks."""
         codec = SmallCodec.from_pretrained(self.folder("codec"))
-        encoders = [SmallClipEncoder.from_pretrained(self.folder("clip")), SmallFaceEncoder.from_pretrained(self.folder("face"))]
+        encoders = [
+            SmallClipEncoder.from_pretrained(self.folder("clip")),
+            SmallFaceEncoder.from_pretrained(self.folder("face")),
+        ]
         self.folder("tokens").mkdir(parents=True, exist_ok=True)
         for split in ("train", "val"):
             parts: dict[str, list[torch.Tensor]] = {"codes": []} | {encoder.name: [] for encoder in encoders}
@@ -140,7 +146,9 @@ class Recipe:
                     parts["codes"].append(codec.encode(pixels))
                     for encoder in encoders:
                         parts[encoder.name].append(encoder.encode(pixels))
-            torch.save({name: torch.cat(values) for name, values in parts.items()}, self.folder("tokens") / f"{split}.pt")
+            torch.save(
+                {name: torch.cat(values) for name, values in parts.items()}, self.folder("tokens") / f"{split}.pt"
+            )
 
     def tokenized(self, split: str) -> TokenizedFaces:
         features = torch.load(self.folder("tokens") / f"{split}.pt", weights_only=True)
@@ -149,7 +157,10 @@ class Recipe:
     def run_train(self) -> None:
         tokenizer = self.tokenizer()
         # TOML has no null: `token_moe = false` stands for a model without that level.
-        fields = {name: None if value is False and name.endswith("_moe") else value for name, value in self.section("model").items()}
+        fields = {
+            name: None if value is False and name.endswith("_moe") else value
+            for name, value in self.section("model").items()
+        }
         codec = SmallCodec.from_pretrained(self.folder("codec"))
         derived = {"n_text": tokenizer.size, "end_of_text": tokenizer.end_of_text, "codebook_size": codec.codebook_size}
         config = preset(fields.pop("preset"), **{**derived, **fields})
@@ -161,7 +172,11 @@ class Recipe:
             settings, model, tokenizer, codec, self.tokenized("train"), self.tokenized("val"), self.folder("train")
         )
         model.save_pretrained(self.folder("train"), dtype=torch.bfloat16)
-        facts = {"name": self.name, "machine": f"{platform.machine()}, {torch.get_num_threads()} threads", "torch": torch.__version__}
+        facts = {
+            "name": self.name,
+            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+            "torch": torch.__version__,
+        }
         facts |= {"seconds": round(time.time() - started), "settings": dataclasses.asdict(settings), "scores": scores}
         (self.folder("train") / "facts.json").write_text(json.dumps(facts, indent=2) + "\n")
 
@@ -181,7 +196,9 @@ class Recipe:
         for stage, names in sources.items():
             for name in names:
                 shutil.copy(self.folder(stage) / name, partial / name)
-        (partial / "generation_config.json").write_text(json.dumps(dataclasses.asdict(GenerationConfig()), indent=2) + "\n")
+        (partial / "generation_config.json").write_text(
+            json.dumps(dataclasses.asdict(GenerationConfig()), indent=2) + "\n"
+        )
         facts = json.loads((self.folder("train") / "facts.json").read_text())
         (partial / "README.md").write_text(_card(facts))
         shutil.rmtree(self.folder("export"), ignore_errors=True)
@@ -191,8 +208,8 @@ class Recipe:
 def _card(facts: dict) -> str:
     scores = "\n".join(f"| {name} | {value:.4g} |" for name, value in facts["scores"].items())
     return (
-        f"# {facts['name']}\n\nTrained in {facts['seconds'] / 60:.0f} minutes (the transformer alone) on {facts['machine']}, torch "
-        f"{facts['torch']}, by the recipe of the same name.\n\n| held-out | value |\n|---|---|\n{scores}\n"
+        f"# {facts['name']}\n\nTrained by the recipe of this name with torch {facts['torch']} on {facts['machine']}; the "
+        f"transformer alone took {facts['seconds'] / 60:.0f} minutes.\n\n| held-out | value |\n|---|---|\n{scores}\n"
     )
 
 
