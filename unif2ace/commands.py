@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from unif2ace.errors import UserError
-from unif2ace.files import is_image_path, sha256, write_image
+from unif2ace.files import check_folder, is_image_path, sha256, write_image
 from unif2ace.inputs import open_image
 from unif2ace.pipeline import ENGINES, UniF2acePipeline
 
@@ -43,6 +43,8 @@ def generate(options: argparse.Namespace) -> None:
         mask = open_image(options.mask).convert("L")
         known["known_image"] = _face(options.image, pipe.image_size, options.fit)
         known["known_mask"] = ImageOps.fit(mask, (pipe.image_size,) * 2) if options.fit else mask
+    out = Path(options.out)
+    check_folder(out.parent if is_image_path(out) else out)
     started = time.perf_counter()
     faces = pipe.generate(
         options.prompt,
@@ -56,7 +58,6 @@ def generate(options: argparse.Namespace) -> None:
     )
     seconds = time.perf_counter() - started
     prompts = [prompt for prompt in options.prompt for _ in range(options.num)]
-    out = Path(options.out)
     if not is_image_path(out):
         files = [write_image(out / f"face-{index:05d}.png", face) for index, face in enumerate(faces)]
     elif len(faces) == 1:

@@ -18,7 +18,7 @@ from unif2ace.data.loader import FaceTable
 from unif2ace.evaluation.faces import held_out_faces
 from unif2ace.evaluation.metrics import to_images
 from unif2ace.evaluation.speed import compare_backends, speed_table
-from unif2ace.files import write_image, write_text
+from unif2ace.files import check_folder, write_image, write_text
 from unif2ace.imaging import face_grid
 from unif2ace.pipeline import UniF2acePipeline
 
@@ -50,6 +50,7 @@ def run_demo(out: str | Path = "demo", model: str = "avatars-tiny", say: Callabl
     Raises `UserError` where the model is not there or the folder cannot be written.
     """
     out, started = Path(out), time.perf_counter()
+    check_folder(out)
     pipe = UniF2acePipeline.from_pretrained(model)
     faces = pipe.generate(list(PROMPTS), seed=SEED)
     files = [write_image(out / "faces.png", face_grid(faces, PROMPTS, columns=4))]

@@ -15,18 +15,35 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".ti
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> Path:
-    """Make `path` what `write(temporary path)` writes; folders are created. Raises `UserError` where it cannot."""
+    """Make `path` what `write(temporary path)` writes; folders are created.
+
+    The bytes are on the disk before the name changes, so a crash at any moment leaves the old file or the new one.
+    Raises `UserError` where the folder cannot be written or the disk is full; nothing partial stays.
+    """
     partial = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             write(partial)
+            with open(partial, "rb") as written:
+                os.fsync(written.fileno())
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise UserError(f"cannot write {path}: {reason}; expected a writable folder with free space") from error
     return path
+
+
+def check_folder(path: Path) -> None:
+    """Create the folder `path`; `UserError` where that or writing into it is impossible. Call it before long work."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write into {path}: {error.strerror or error}") from error
+    if not os.access(path, os.W_OK):
+        raise UserError(f"cannot write into {path}: permission denied")
 
 
 def write_text(path: Path, text: str) -> Path:

@@ -30,7 +30,7 @@ def as_texts(name: str, value: object) -> list[str]:
     if not texts:
         raise UserError(f"{name}: expected at least one string, got an empty list")
     for index, text in enumerate(texts):
-        where = name if isinstance(value, str) else f"{name}[{index}]"
+        where = name if len(texts) == 1 else f"{name}[{index}]"
         if not isinstance(text, str):
             raise UserError(f"{where}: expected a string, got {type(text).__name__}")
         if not text.strip():
@@ -87,7 +87,7 @@ def as_pixels(name: str, value: object, size: int) -> tuple[Tensor, list[int]]:
     pixels: list[np.ndarray] = []
     for index, image in enumerate(images):
         if id(image) not in slots:
-            where = f"{name}[{index}]" if isinstance(value, (list, tuple)) else name
+            where = name if len(images) == 1 else f"{name}[{index}]"
             slots[id(image)] = len(pixels)
             pixels.append(_pixels(where, image, size))
     return torch.from_numpy(np.stack(pixels)), [slots[id(image)] for image in images]

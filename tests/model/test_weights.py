@@ -60,12 +60,11 @@ def test_an_interrupted_save_leaves_the_old_files(model, build_model, tmp_path, 
     model.save_pretrained(tmp_path)
     before = (tmp_path / "model.safetensors").read_bytes()
 
-    def full_disk(tensors, path, metadata):
-        path.write_bytes(b"half")
-        raise OSError("no space left")
+    def full_disk(descriptor):
+        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("unif2ace.model.weights.save_file", full_disk)
-    with pytest.raises(OSError, match="no space"):
+    monkeypatch.setattr("unif2ace.files.os.fsync", full_disk)
+    with pytest.raises(UserError, match="No space left"):
         build_model(codebook_size=20).save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors").read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]

@@ -15,22 +15,20 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from unif2ace.errors import UserError
+from unif2ace.files import replace_file, write_text
 
 
 def save_network(folder: str | Path, stem: str, module: nn.Module, config: object, dtype: torch.dtype | None) -> None:
     """Write both files into `folder`; floating-point weights are stored as `dtype` where one is given."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {
         name: value.detach().to("cpu", dtype if value.is_floating_point() else None).contiguous()
         for name, value in module.state_dict().items()
     }
     text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
-    partial = folder / f"{stem}.partial"
-    partial.write_bytes(save(tensors))  # not save_file: it leaves a file that only its owner may read
-    partial.replace(folder / f"{stem}.safetensors")
-    partial.write_text(text)
-    partial.replace(folder / f"{stem}.json")
+    # Not safetensors' own save_file: it leaves a file that only its owner may read.
+    replace_file(folder / f"{stem}.safetensors", lambda partial: partial.write_bytes(save(tensors)))
+    write_text(folder / f"{stem}.json", text)
 
 
 def read_config(path: Path, config_class: type) -> dict:

@@ -25,6 +25,7 @@ from unif2ace.data import schema
 from unif2ace.data.attributes import ATTRIBUTES, NONE, visible
 from unif2ace.data.language import caption, questions
 from unif2ace.errors import UserError
+from unif2ace.files import write_text
 
 SHARD_FACES = 1000
 _CROP = "28 24 208 208"  # view box: the head and the collar, 1.27 times closer than the library's 264 x 280
@@ -130,18 +131,12 @@ def build_dataset(
     folder = Path(folder)
     settings = {"generator": "avatars", "version": 1, "faces": faces, "seed": seed, "size": size}
     record = folder / "dataset.json"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if record.exists():
-            found = json.loads(record.read_text())
-            if found != settings:
-                raise UserError(f"{folder} holds a dataset of other settings: found {found}, asked for {settings}")
-        else:
-            partial = record.with_suffix(".partial")
-            partial.write_text(json.dumps(settings, indent=2) + "\n")
-            os.replace(partial, record)
-    except OSError as error:
-        raise UserError(f"cannot write the dataset folder {folder}: {error.strerror or error}") from error
+    if record.exists():
+        found = json.loads(record.read_text())
+        if found != settings:
+            raise UserError(f"{folder} holds a dataset of other settings: found {found}, asked for {settings}")
+    else:
+        write_text(record, json.dumps(settings, indent=2) + "\n")
     missing = [job for job in _jobs(folder, faces, seed, size) if not job[0].exists()]
     if missing:
         # spawn: forking a process that already runs torch's threads can deadlock.

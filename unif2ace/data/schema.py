@@ -12,7 +12,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -20,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from unif2ace.errors import UserError
+from unif2ace.files import replace_file
 
 SPLITS = ("train", "val", "test")
 _PAIR = pa.struct([("name", pa.string()), ("value", pa.string())])
@@ -40,12 +40,8 @@ SCHEMA = pa.schema(
 
 def write_table(rows: list[dict], path: Path) -> None:
     """Write `rows` (dicts with the columns above) to `path`; readers see the whole file or none of it."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), partial, compression="zstd")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    table = pa.Table.from_pylist(rows, schema=SCHEMA)
+    replace_file(path, lambda partial: pq.write_table(table, partial, compression="zstd"))
 
 
 def read_table(paths: Iterable[Path], split: str | None = None) -> pa.Table:

@@ -7,16 +7,17 @@ the configuration does not have or that have another shape.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor
 
 from unif2ace.config import UniF2aceConfig
 from unif2ace.errors import UserError
+from unif2ace.files import replace_file, write_text
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -24,17 +25,10 @@ WEIGHTS_FILE = "model.safetensors"
 
 def save(folder: Path, config: UniF2aceConfig, state: dict[str, Tensor], dtype: torch.dtype | None = None) -> None:
     """Write both files; floating-point tensors are stored as `dtype` when it is given."""
-    folder.mkdir(parents=True, exist_ok=True)
     stored = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in state.items()}
-    temporary = {name: folder / f".{name}.{os.getpid()}.tmp" for name in (WEIGHTS_FILE, CONFIG_FILE)}
-    try:
-        save_file(stored, temporary[WEIGHTS_FILE], metadata={"format": "pt"})
-        temporary[CONFIG_FILE].write_text(config.to_json(), encoding="utf-8")
-        for name, path in temporary.items():
-            os.replace(path, folder / name)
-    finally:
-        for path in temporary.values():
-            path.unlink(missing_ok=True)
+    content = tensors_to_bytes(stored, metadata={"format": "pt"})
+    replace_file(folder / WEIGHTS_FILE, lambda partial: partial.write_bytes(content))
+    write_text(folder / CONFIG_FILE, config.to_json())
 
 
 def load(folder: Path, device: torch.device | str = "cpu") -> tuple[UniF2aceConfig, dict[str, Tensor]]:

@@ -24,7 +24,7 @@ from torch import nn
 from tqdm import tqdm
 
 from unif2ace.errors import UserError
-from unif2ace.training.checkpoint import write_atomically
+from unif2ace.files import replace_file
 from unif2ace.training.muon import MuonAdamW
 
 Settings = TypeVar("Settings", bound="FitSettings")
@@ -175,7 +175,7 @@ def fit(
 def _save(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, settings: FitSettings, step: int) -> None:
     state = {"module": module.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
     state["settings"] = json.dumps(dataclasses.asdict(settings))
-    write_atomically(path, lambda file: torch.save(state, file))
+    replace_file(path, lambda partial: torch.save(state, partial))
 
 
 def _restore(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, settings: FitSettings) -> int:

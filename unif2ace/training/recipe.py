@@ -31,6 +31,7 @@ from unif2ace.data.loader import FaceTable
 from unif2ace.data.text import QUESTION_TEMPLATE, TextTokenizer
 from unif2ace.errors import UserError
 from unif2ace.evaluation.judge import JudgeTraining, train_judge
+from unif2ace.files import replace_file, write_text
 from unif2ace.generation.settings import GenerationConfig
 from unif2ace.model.features import SmallClipEncoder, SmallFaceEncoder
 from unif2ace.model.transformer import UniF2ace
@@ -83,11 +84,12 @@ class Recipe:
         return self.out / stage
 
     def done(self, stage: str) -> bool:
-        return self._complete(self.folder(stage), stage)
+        # Drawing finds out for itself which files are missing, and an export is quick: both always run.
+        return stage not in ("data", "export") and self._complete(self.folder(stage), stage)
 
     @staticmethod
     def _complete(folder: Path, stage: str) -> bool:
-        return _DONE[stage] is not None and (folder / _DONE[stage]).exists()
+        return (folder / _MARK[stage]).exists()
 
     def table(self, split: str) -> FaceTable:
         if split not in self._tables:
@@ -137,7 +139,6 @@ class Recipe:
             SmallClipEncoder.from_pretrained(self.folder("clip")),
             SmallFaceEncoder.from_pretrained(self.folder("face")),
         ]
-        self.folder("tokens").mkdir(parents=True, exist_ok=True)
         for split in ("train", "val"):
             parts: dict[str, list[torch.Tensor]] = {"codes": []} | {encoder.name: [] for encoder in encoders}
             for images in self.table(split).images.split(256):
@@ -146,8 +147,9 @@ class Recipe:
                     parts["codes"].append(codec.encode(pixels))
                     for encoder in encoders:
                         parts[encoder.name].append(encoder.encode(pixels))
-            torch.save(
-                {name: torch.cat(values) for name, values in parts.items()}, self.folder("tokens") / f"{split}.pt"
+            joined = {name: torch.cat(values) for name, values in parts.items()}
+            replace_file(
+                self.folder("tokens") / f"{split}.pt", lambda partial, joined=joined: torch.save(joined, partial)
             )
 
     def tokenized(self, split: str) -> TokenizedFaces:
@@ -178,7 +180,7 @@ class Recipe:
             "torch": torch.__version__,
         }
         facts |= {"seconds": round(time.time() - started), "settings": dataclasses.asdict(settings), "scores": scores}
-        (self.folder("train") / "facts.json").write_text(json.dumps(facts, indent=2) + "\n")
+        write_text(self.folder("train") / "facts.json", json.dumps(facts, indent=2) + "\n")
 
     def run_export(self) -> None:
         """One folder with every part; written beside and renamed."""
@@ -208,14 +210,16 @@ class Recipe:
 def _card(facts: dict) -> str:
     scores = "\n".join(f"| {name} | {value:.4g} |" for name, value in facts["scores"].items())
     return (
-        f"# {facts['name']}\n\nTrained by the recipe of this name with torch {facts['torch']} on {facts['machine']}; the "
-        f"transformer alone took {facts['seconds'] / 60:.0f} minutes.\n\n| held-out | value |\n|---|---|\n{scores}\n"
+        f"# {facts['name']}\n\n"
+        f"Trained by the recipe of this name with torch {facts['torch']} on {facts['machine']}; "
+        f"the transformer alone took {facts['seconds'] / 60:.0f} minutes.\n\n"
+        f"| held-out | value |\n|---|---|\n{scores}\n"
     )
 
 
 # What each stage leaves behind when it is complete.
-_DONE = {
-    "data": None,  # draws what is missing
+_MARK = {
+    "data": "dataset.json",
     "tokenizer": "tokenizer.json",
     "codec": "codec.json",
     "clip": "clip.json",
@@ -223,7 +227,7 @@ _DONE = {
     "judge": "judge.json",
     "tokens": "val.pt",
     "train": "facts.json",
-    "export": None,
+    "export": "README.md",
 }
 
 
