@@ -119,3 +119,14 @@ def test_another_setting_does_not_continue_a_run(faces, tmp_path, monkeypatch):
     changed = dataclasses.replace(settings, alpha=0.0)
     with pytest.raises(ValueError, match=r"other settings \(alpha\)"):
         train_model(changed, parts.model, parts.tokenizer, parts.codec, faces, faces, tmp_path)
+
+
+def test_a_full_disk_ends_in_one_sentence(faces, tmp_path):
+    (tmp_path / "train.jsonl").symlink_to("/dev/full")
+    parts = build_parts()
+    settings = ModelTraining(steps=1, generation=2, understanding=2, log_every=1)
+    with pytest.raises(ValueError, match=r"model: cannot write into .*: No space left on device"):
+        train_model(settings, parts.model, parts.tokenizer, parts.codec, faces, faces, tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="model: cannot write into"):
+        train_model(settings, parts.model, parts.tokenizer, parts.codec, faces, faces, tmp_path / "file")

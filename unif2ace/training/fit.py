@@ -110,9 +110,26 @@ def fit(
     losses(rows [batch_size] int64, generator) gives named scalar tensors; "loss" is the one that is minimised.
     evaluate() is called in evaluation mode without gradients and gives named numbers.
     Writes `train.jsonl` (one object per report) and `checkpoint.pt` into `folder`; when that checkpoint is already
-    there, continues from it. Raises `UserError` when it belongs to other settings, or when the loss stops being finite.
+    there, continues from it. Raises `UserError` when it belongs to other settings, when the loss stops being finite, or
+    when the folder cannot be written: the last checkpoint is then still whole.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return _fit(name, module, losses, settings, num_rows, folder, evaluate)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{name}: cannot write into {folder}: {reason}; expected a folder with free space") from error
+
+
+def _fit(
+    name: str,
+    module: nn.Module,
+    losses: Callable[[torch.Tensor, torch.Generator], dict[str, torch.Tensor]],
+    settings: FitSettings,
+    num_rows: int,
+    folder: Path,
+    evaluate: Callable[[], dict[str, float]],
+) -> dict[str, float]:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     module.to(settings.device)

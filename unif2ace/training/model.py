@@ -12,6 +12,7 @@ import torch
 
 from unif2ace.codec import SmallCodec
 from unif2ace.data.text import TextTokenizer
+from unif2ace.files import write_image
 from unif2ace.generation.plain import generate_codes
 from unif2ace.imaging import face_grid
 from unif2ace.model.transformer import UniF2ace
@@ -64,7 +65,7 @@ def train_model(
 ) -> dict[str, float]:
     """Train `model` in place; returns the last held-out losses.
 
-    Writes `train.jsonl`, `checkpoint.pt` (resumable to the same losses) and `samples-<step>.png` (faces drawn from
+    Writes `train.jsonl`, `checkpoint.pt` (resumable to the same losses) and `samples-<number>.png` (faces drawn from
     held-out captions) into `folder`.
     """
     objective = settings.objective()
@@ -87,10 +88,7 @@ def train_model(
         reports = training_losses(model, batch, objective)
         return {**reports, "tokens": torch.tensor(float(batch.packed.layout.num_rows))}
 
-    evaluations = 0
-
     def evaluate() -> dict[str, float]:
-        nonlocal evaluations
         totals: dict[str, float] = {}
         for index in range(HELD_OUT_BATCHES):
             start = index * settings.batch_size % max(1, len(val.table) - settings.batch_size)
@@ -100,10 +98,10 @@ def train_model(
             )
             for name, value in reports.items():
                 totals[f"val_{name}"] = totals.get(f"val_{name}", 0.0) + float(value) / HELD_OUT_BATCHES
-        evaluations += 1
+        number = len(list(folder.glob("samples-*.png"))) + 1  # counts on after a restart
         prompts = [val.table.captions[row][0].text for row in range(SAMPLES)]
         codes = generate_codes(model, [tokenizer.encode(text) for text in prompts], list(range(SAMPLES)))
-        face_grid(codec.decode(codes), prompts, columns=4).save(folder / f"samples-{evaluations:03d}.png")
+        write_image(folder / f"samples-{number:03d}.png", face_grid(codec.decode(codes), prompts, columns=4))
         return totals
 
     return fit("model", model, losses, settings, len(train.table), folder, evaluate)
