@@ -131,7 +131,7 @@ def test_all_rows_ignored(backend: str):
     targets = torch.full((5,), -100)
     loss, nll = linear_loss(**inputs, targets=targets, row_weight=torch.full((5,), math.nan), backend=backend)
     result = d3diff_loss(
-        **inputs, targets=targets, mask_ratio=torch.ones(5), num_image_tokens=4, code_columns=(6, 10), backend=backend
+        **inputs, targets=targets, mask_ratio=torch.full((5,), math.nan), num_image_tokens=4, code_columns=(6, 10), backend=backend
     )
     (loss + result.total).backward()
     assert [x.item() for x in (loss, *result[:3])] == [0.0] * 4

@@ -37,6 +37,7 @@ from torch.autograd.function import once_differentiable
 
 from unif2ace.errors import UserError
 from unif2ace.ops import _registry
+from unif2ace.ops._checks import describe, dtype_name
 
 IGNORE = -100
 # Logits per chunk: 2 MiB of float32 measured best on a 2 MiB L2 cache: few enough to stay there between the passes,
@@ -336,7 +337,8 @@ def d3diff_loss(
         )
     valid = targets != IGNORE
     count = valid.sum().clamp(min=1)
-    m, a, time_weight = _time(mask_ratio.to(_loss_dtype(hidden)), num_image_tokens, score_weight, discrete_steps)
+    ratio = torch.where(valid, mask_ratio.to(_loss_dtype(hidden)), 0.5)  # whatever stands in ignored rows, even NaN
+    m, a, time_weight = _time(ratio, num_image_tokens, score_weight, discrete_steps)
     over_all = score_columns == "all"
     loss, nll, mass = _run(
         backend, hidden, weight, bias, targets, (1.0 + alpha * time_weight * a) / count,
@@ -351,14 +353,14 @@ def d3diff_loss(
 def _check_linear(op, hidden, weight, bias, targets, columns, columns_name, target_columns=None) -> tuple[int, int]:
     """Refuse what does not fit; returns the (start, end) of the softmax."""
     if hidden.dim() != 2 or not hidden.is_floating_point():
-        raise UserError(f"{op}: hidden must be [R, H] floating point, got {_describe(hidden)}")
+        raise UserError(f"{op}: hidden must be [R, H] floating point, got {describe(hidden)}")
     rows, width = hidden.shape
     if weight.dim() != 2 or weight.shape[1] != width or weight.shape[0] == 0 or weight.dtype != hidden.dtype:
-        raise UserError(f"{op}: weight must be [V >= 1, {width}] {_short(hidden.dtype)}, got {_describe(weight)}")
+        raise UserError(f"{op}: weight must be [V >= 1, {width}] {dtype_name(hidden.dtype)}, got {describe(weight)}")
     if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != weight.dtype):
-        raise UserError(f"{op}: bias must be [{weight.shape[0]}] {_short(weight.dtype)}, got {_describe(bias)}")
+        raise UserError(f"{op}: bias must be [{weight.shape[0]}] {dtype_name(weight.dtype)}, got {describe(bias)}")
     if targets.shape != (rows,) or targets.dtype not in (torch.int32, torch.int64):
-        raise UserError(f"{op}: targets must be [{rows}] int32 or int64, got {_describe(targets)}")
+        raise UserError(f"{op}: targets must be [{rows}] int32 or int64, got {describe(targets)}")
     whole = (0, weight.shape[0])
     for bounds in (columns, target_columns):
         if bounds is not None and not 0 <= bounds[0] < bounds[1] <= whole[1]:
@@ -373,12 +375,4 @@ def _check_linear(op, hidden, weight, bias, targets, columns, columns_name, targ
 
 def _check_row_values(op: str, name: str, values: Tensor, rows: int) -> None:
     if values.shape != (rows,) or not values.is_floating_point():
-        raise UserError(f"{op}: {name} must be [{rows}] floating point, got {_describe(values)}")
-
-
-def _describe(x: Tensor) -> str:
-    return f"{list(x.shape)} {_short(x.dtype)}"
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+        raise UserError(f"{op}: {name} must be [{rows}] floating point, got {describe(values)}")

@@ -29,6 +29,7 @@ from torch.autograd.function import once_differentiable
 
 from unif2ace.errors import UserError
 from unif2ace.ops import _registry
+from unif2ace.ops._checks import describe, dtype_name
 
 Block = tuple[int, int, int, int, bool]
 AttentionBlocks = tuple[Block, ...]
@@ -256,11 +257,11 @@ def omni_attention(
     Cost: sum over blocks of 4 * q_len * k_len * heads * dim FLOPs; no mask tensor, no pads.
     """
     if q.dim() != 3 or not q.is_floating_point():
-        raise UserError(f"omni_attention: q must be [T, heads, dim] floating point, got {_describe(q)}")
+        raise UserError(f"omni_attention: q must be [T, heads, dim] floating point, got {describe(q)}")
     for name, x in (("k", k), ("v", v)):
         if x.dim() != 3 or x.shape[1:] != q.shape[1:] or x.dtype != q.dtype or x.shape != k.shape:
-            expected = f"[S, {q.shape[1]}, {q.shape[2]}] {_short(q.dtype)}, the same for k and v"
-            raise UserError(f"omni_attention: {name} must be {expected}, got {_describe(x)}")
+            expected = f"[S, {q.shape[1]}, {q.shape[2]}] {dtype_name(q.dtype)}, the same for k and v"
+            raise UserError(f"omni_attention: {name} must be {expected}, got {describe(x)}")
     check = _check_blocks if torch.compiler.is_compiling() else _check_blocks_once
     blocks = check(tuple(tuple(block) for block in blocks), q.shape[0], k.shape[0])
     scale = 1.0 / math.sqrt(q.shape[2]) if scale is None else float(scale)
@@ -296,11 +297,3 @@ def _check_blocks(blocks: AttentionBlocks, rows: int, keys: int) -> AttentionBlo
 
 
 _check_blocks_once = lru_cache(maxsize=512)(_check_blocks)  # every layer passes the same blocks
-
-
-def _describe(x: Tensor) -> str:
-    return f"{list(x.shape)} {_short(x.dtype)}"
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from unif2ace.errors import UserError
 from unif2ace.ops import _noise, _registry
+from unif2ace.ops._checks import describe, dtype_name
 
 # Elements per chunk of rows: the working set of about ten int64/float32 temporaries stays inside a 2 MiB L2 cache.
 CHUNK_ELEMENTS = 1 << 16
@@ -190,16 +191,16 @@ def _check_rows(op: str, rows: int, **columns: Tensor) -> None:
     for name, tensor in columns.items():
         dtypes = (torch.int64,) if name == "seeds" else (torch.int32, torch.int64)
         if tensor.dtype not in dtypes or tensor.shape != (rows,):
-            expected = " or ".join(_short(dtype) for dtype in dtypes)
-            raise UserError(f"{op}: {name} must be [{rows}] {expected}, got {_describe(tensor)}")
+            expected = " or ".join(dtype_name(dtype) for dtype in dtypes)
+            raise UserError(f"{op}: {name} must be [{rows}] {expected}, got {describe(tensor)}")
 
 
 def _check_sampling(op: str, name: str, scores: Tensor, uncond: Tensor | None, temperature: float, guidance: float):
     if scores.dim() != 2 or not scores.is_floating_point() or scores.shape[1] == 0:
         columns = "V" if name == "logits" else "H"
-        raise UserError(f"{op}: {name} must be [R, {columns} >= 1] floating point, got {_describe(scores)}")
+        raise UserError(f"{op}: {name} must be [R, {columns} >= 1] floating point, got {describe(scores)}")
     if uncond is not None and (uncond.shape != scores.shape or uncond.dtype != scores.dtype):
-        raise UserError(f"{op}: uncond_{name} must be {_describe(scores)} like {name}, got {_describe(uncond)}")
+        raise UserError(f"{op}: uncond_{name} must be {describe(scores)} like {name}, got {describe(uncond)}")
     for number, value in (("temperature", temperature), ("guidance", guidance)):
         if not 0.0 <= value < math.inf:
             raise UserError(f"{op}: {number} must be a finite number >= 0, got {value}")
@@ -289,11 +290,11 @@ def head_sample(
     """
     _check_sampling("head_sample", "hidden", hidden, uncond_hidden, temperature, guidance)
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[1] or weight.shape[0] == 0 or weight.dtype != hidden.dtype:
-        expected = f"[V >= 1, {hidden.shape[1]}] {_short(hidden.dtype)}"
-        raise UserError(f"head_sample: weight must be {expected}, got {_describe(weight)}")
+        expected = f"[V >= 1, {hidden.shape[1]}] {dtype_name(hidden.dtype)}"
+        raise UserError(f"head_sample: weight must be {expected}, got {describe(weight)}")
     if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != weight.dtype):
-        expected = f"[{weight.shape[0]}] {_short(weight.dtype)}"
-        raise UserError(f"head_sample: bias must be {expected}, got {_describe(bias)}")
+        expected = f"[{weight.shape[0]}] {dtype_name(weight.dtype)}"
+        raise UserError(f"head_sample: bias must be {expected}, got {describe(bias)}")
     _check_rows("head_sample", hidden.shape[0], seeds=seeds, positions=positions, steps=steps)
     run = _implementation("head_sample", reference_head_sample, backend, hidden)
     codes, confidence = run(
@@ -333,13 +334,13 @@ def remask(
     Cost: three stable sorts of R keys (reference). No host sync on a GPU.
     """
     if log_confidence.dim() != 1 or not log_confidence.is_floating_point():
-        raise UserError(f"remask: log_confidence must be [R] floating point, got {_describe(log_confidence)}")
+        raise UserError(f"remask: log_confidence must be [R] floating point, got {describe(log_confidence)}")
     rows, images = log_confidence.shape[0], seeds.shape[0] if seeds.dim() == 1 else 0
     _check_rows("remask", images, seeds=seeds, steps=steps, keep_unknown=keep_unknown)
     _check_rows("remask", images + 1, row_offsets=row_offsets)
     _check_rows("remask", rows, positions=positions)
     if tau.shape != (images,) or not tau.is_floating_point():
-        raise UserError(f"remask: tau must be [{images}] floating point, got {_describe(tau)}")
+        raise UserError(f"remask: tau must be [{images}] floating point, got {describe(tau)}")
     if _can_read_values(log_confidence):
         _check_remask_values(log_confidence, row_offsets, keep_unknown, tau)
     run = _implementation("remask", reference_remask, backend, log_confidence)
@@ -361,11 +362,3 @@ def _check_remask_values(log_confidence: Tensor, row_offsets: Tensor, keep_unkno
         raise UserError("remask: log_confidence must hold no NaN")
     if not bool((tau.isfinite() & (tau >= 0)).all()):
         raise UserError(f"remask: tau must be finite and >= 0, got {tau.tolist()[:8]}")
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _describe(x: Tensor) -> str:
-    return f"{list(x.shape)} {_short(x.dtype)}"
