@@ -133,7 +133,7 @@ def test_train_hands_the_recipe_on(tmp_path, monkeypatch, capsys):
     calls = []
     monkeypatch.setattr(recipe, "run_recipe", lambda *a, **k: calls.append((a, k)) or tmp_path / "export")
     assert main(["train", "r.toml", "--out", "runs/x", "--stage", "data", "--stage", "codec"]) == 0
-    assert calls == [(("r.toml", "runs/x"), {"stages": ["data", "codec"]})]
+    assert calls == [(("r.toml", "runs/x"), {"stages": ["data", "codec"], "reuse": None})]
     assert capsys.readouterr().out == f"finished: {tmp_path / 'export'}\n"
 
 

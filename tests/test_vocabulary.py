@@ -34,7 +34,7 @@ def test_ids_of_phi():
 
 
 def test_ids_of_a_small_tokenizer():
-    v = Vocabulary.of(preset("avatars-tiny"))
+    v = Vocabulary.of(preset("avatars-tiny", n_text=640))
     assert (v.control("pad"), v.code_start, v.mask, v.size, v.sot) == (640, 650, 1674, 1675, 0)
 
 

@@ -131,11 +131,15 @@ def build_parser() -> argparse.ArgumentParser:
         "Train a model from a recipe; a run that stopped goes on where it was.",
         "unif2ace train recipes/avatars-tiny.toml --out runs/avatars-tiny",
         "unif2ace train recipes/avatars-tiny.toml --out runs/avatars-tiny --stage data --stage tokenizer",
+        "unif2ace train recipes/ablations/no-score.toml --out runs/no-score --reuse runs/avatars-tiny",
     )
     train.add_argument("recipe", help="a TOML file, such as recipes/avatars-tiny.toml")
     train.add_argument("--out", required=True, help="folder of the run; its export/ is the finished model")
     train.add_argument(
         "--stage", action="append", metavar="NAME", help="run only this stage (may be repeated; default: all)"
+    )
+    train.add_argument(
+        "--reuse", metavar="DIR", help="another run: its finished stages before `train` are read, not repeated"
     )
     train.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: all cores)")
 

@@ -112,7 +112,7 @@ def train(options: argparse.Namespace) -> None:
     from unif2ace.training.recipe import run_recipe
 
     _set_threads(options.threads)
-    print(f"finished: {run_recipe(options.recipe, options.out, stages=options.stage)}")
+    print(f"finished: {run_recipe(options.recipe, options.out, stages=options.stage, reuse=options.reuse)}")
 
 
 def data(options: argparse.Namespace) -> None:

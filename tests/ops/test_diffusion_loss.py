@@ -130,9 +130,9 @@ def test_all_rows_ignored(backend: str):
     inputs = {name: x.float().requires_grad_(True) for name, x in head(LossShape(5, 8, 11, 5)).items()}
     targets = torch.full((5,), -100)
     loss, nll = linear_loss(**inputs, targets=targets, row_weight=torch.full((5,), math.nan), backend=backend)
-    result = d3diff_loss(
-        **inputs, targets=targets, mask_ratio=torch.full((5,), math.nan), num_image_tokens=4, code_columns=(6, 10), backend=backend
-    )
+    ratio = torch.full((5,), math.nan)
+    columns = {"num_image_tokens": 4, "code_columns": (6, 10)}
+    result = d3diff_loss(**inputs, targets=targets, mask_ratio=ratio, **columns, backend=backend)
     (loss + result.total).backward()
     assert [x.item() for x in (loss, *result[:3])] == [0.0] * 4
     assert not nll.any()
