@@ -34,6 +34,10 @@ generation = 2
 understanding = 2
 checkpoint_every = 2
 evaluate_every = 3
+[refine]
+steps = 1
+generation = 1
+understanding = 3
 """
 
 
@@ -45,10 +49,12 @@ def write(folder, name, text):
 
 def test_a_recipe_that_extends_another_changes_only_what_it_says(tmp_path):
     write(tmp_path, "base.toml", TINY)
-    child = read_recipe(write(tmp_path, "child.toml", 'extends = "base.toml"\n[train]\nalpha = 0.0\n'))
+    text = 'extends = "base.toml"\nrefine = false\n[train]\nalpha = 0.0\n'
+    child = read_recipe(write(tmp_path, "child.toml", text))
     base = read_recipe(tmp_path / "base.toml")
     assert child["train"] == {**base["train"], "alpha": 0.0}
     assert child["codec"] == base["codec"]
+    assert child["refine"] == {}
 
 
 def test_bad_recipes_are_refused_in_one_sentence(tmp_path):
@@ -81,4 +87,4 @@ def test_from_nothing_to_an_exported_folder(tmp_path):
     assert {"clip.safetensors", "face.safetensors", "generation_config.json"} <= names
     said = []
     run_recipe(tmp_path / "tiny.toml", tmp_path / "out", say=said.append)
-    assert sum("done before" in line for line in said) == 7  # everything but drawing and exporting
+    assert sum("done before" in line for line in said) == 8  # everything but drawing and exporting

@@ -1,12 +1,13 @@
 """A recipe: everything that turns nothing into a usable model, in one TOML file and one command.
 
 Stages, in order: draw the dataset, learn the tokenizer, train the codec, the two small frozen encoders and the judge,
-turn the faces into codes and features, train the transformer, export one folder that
-`UniF2acePipeline.from_pretrained` reads. Each stage leaves a file when it is done and is skipped when that file
-exists; an interrupted stage continues from its checkpoint.
+turn the faces into codes and features, train the transformer, train it on with another mixture (`refine`, where the
+recipe has that section), export one folder that `UniF2acePipeline.from_pretrained` reads. Each stage leaves a file when
+it is done and is skipped when that file exists; an interrupted stage continues from its checkpoint.
 
-A recipe may say `extends = "other.toml"` and give only the fields that differ. With `reuse`, stages before `train`
-that are complete in another run's folder are read from there: an ablation trains one transformer, not six networks.
+A recipe may say `extends = "other.toml"` and give only the fields that differ (`refine = false` empties a section).
+With `reuse`, stages before `train` that are complete in another run's folder are read from there: an ablation trains
+one transformer, not six networks.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-SECTIONS = ("data", "tokenizer", "codec", "clip", "face", "judge", "model", "train")
-STAGES = ("data", "tokenizer", "codec", "clip", "face", "judge", "tokens", "train", "export")
+SECTIONS = ("data", "tokenizer", "codec", "clip", "face", "judge", "model", "train", "refine")
+STAGES = ("data", "tokenizer", "codec", "clip", "face", "judge", "tokens", "train", "refine", "export")
 
 
 def read_recipe(path: Path) -> dict[str, dict]:
@@ -63,7 +64,7 @@ def read_recipe(path: Path) -> dict[str, dict]:
         raise UserError(f"recipe {path}: unknown sections {', '.join(unknown)}; expected some of {', '.join(SECTIONS)}")
     sections = read_recipe(path.parent / base) if base is not None else {}
     for name, fields in content.items():
-        sections[name] = {**sections.get(name, {}), **fields}
+        sections[name] = {**sections.get(name, {}), **fields} if fields is not False else {}
     return sections
 
 
@@ -79,7 +80,11 @@ class Recipe:
         return dict(self.sections.get(name, {}))
 
     def folder(self, stage: str) -> Path:
-        if self.reuse is not None and stage not in ("train", "export") and self._complete(self.reuse / stage, stage):
+        if (
+            self.reuse is not None
+            and stage not in ("train", "refine", "export")
+            and self._complete(self.reuse / stage, stage)
+        ):
             return self.reuse / stage
         return self.out / stage
 
@@ -157,38 +162,45 @@ class Recipe:
         return TokenizedFaces(self.table(split), features.pop("codes"), features)
 
     def run_train(self) -> None:
-        tokenizer = self.tokenizer()
         # TOML has no null: `token_moe = false` stands for a model without that level.
         fields = {
             name: None if value is False and name.endswith("_moe") else value
             for name, value in self.section("model").items()
         }
-        codec = SmallCodec.from_pretrained(self.folder("codec"))
+        tokenizer, codec = self.tokenizer(), SmallCodec.from_pretrained(self.folder("codec"))
         derived = {"n_text": tokenizer.size, "end_of_text": tokenizer.end_of_text, "codebook_size": codec.codebook_size}
         config = preset(fields.pop("preset"), **{**derived, **fields})
-        settings = ModelTraining.from_mapping(self.section("train"))
-        torch.manual_seed(settings.seed)
-        model = UniF2ace(config)
+        torch.manual_seed(self.section("train").get("seed", 0))
+        self._train("train", UniF2ace(config))
+
+    def run_refine(self) -> None:
+        """Train on from the weights of `train`, with a fresh optimizer; nothing to do without a section `[refine]`."""
+        if self.section("refine"):
+            self._train("refine", UniF2ace.from_pretrained(self.folder("train"), dtype=torch.float32))
+
+    def _train(self, stage: str, model: UniF2ace) -> None:
+        settings = ModelTraining.from_mapping(self.section(stage))
+        tokenizer, codec = self.tokenizer(), SmallCodec.from_pretrained(self.folder("codec"))
+        train, val, folder = self.tokenized("train"), self.tokenized("val"), self.folder(stage)
         started = time.time()
-        scores = train_model(
-            settings, model, tokenizer, codec, self.tokenized("train"), self.tokenized("val"), self.folder("train")
-        )
-        model.save_pretrained(self.folder("train"), dtype=torch.bfloat16)
+        scores = train_model(settings, model, tokenizer, codec, train, val, folder)
+        model.save_pretrained(folder, dtype=torch.bfloat16)
         facts = {
             "name": self.name,
             "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
             "torch": torch.__version__,
         }
         facts |= {"seconds": round(time.time() - started), "settings": dataclasses.asdict(settings), "scores": scores}
-        write_text(self.folder("train") / "facts.json", json.dumps(facts, indent=2) + "\n")
+        write_text(folder / "facts.json", json.dumps(facts, indent=2) + "\n")
 
     def run_export(self) -> None:
         """One folder with every part; written beside and renamed."""
         partial = self.out / "export.partial"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
+        final = "refine" if self.section("refine") else "train"
         sources = {
-            "train": ("model.safetensors", "config.json"),
+            final: ("model.safetensors", "config.json"),
             "tokenizer": ("tokenizer.json",),
             "codec": ("codec.safetensors", "codec.json"),
             "clip": ("clip.safetensors", "clip.json"),
@@ -201,7 +213,7 @@ class Recipe:
         (partial / "generation_config.json").write_text(
             json.dumps(dataclasses.asdict(GenerationConfig()), indent=2) + "\n"
         )
-        facts = json.loads((self.folder("train") / "facts.json").read_text())
+        facts = json.loads((self.folder(final) / "facts.json").read_text())
         (partial / "README.md").write_text(_card(facts))
         shutil.rmtree(self.folder("export"), ignore_errors=True)
         partial.rename(self.folder("export"))
@@ -227,6 +239,7 @@ _MARK = {
     "judge": "judge.json",
     "tokens": "val.pt",
     "train": "facts.json",
+    "refine": "facts.json",
     "export": "README.md",
 }
 
