@@ -114,7 +114,7 @@ def _download(name: str) -> Path:
 
 def load_parts(folder: Path, device: torch.device, dtype: torch.dtype) -> Parts:
     """Read every part of `folder`. Raises `UserError` for a missing, corrupt or unfitting one."""
-    model = _aligned(UniF2ace.from_pretrained(folder, device=device, dtype=dtype))
+    model = UniF2ace.from_pretrained(folder, device=device, dtype=dtype)
     card = folder / CARD_FILE
     return Parts(
         model=model,
@@ -125,14 +125,6 @@ def load_parts(folder: Path, device: torch.device, dtype: torch.dtype) -> Parts:
         judge=Judge.from_pretrained(folder).to(device) if (folder / "judge.json").is_file() else None,
         card=card.read_text(encoding="utf-8") if card.is_file() else "",
     )
-
-
-def _aligned(model: UniF2ace) -> UniF2ace:
-    """Give every parameter memory of its own: slices of a mapped file start at any byte, which slows vector loads and
-    sends matrix products down other code paths, with other last bits, than the same numbers in a fresh tensor."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.clone()
-    return model
 
 
 def save_parts(parts: Parts, folder: Path) -> Path:

@@ -42,11 +42,14 @@ def load(folder: Path, device: torch.device | str = "cpu") -> tuple[UniF2aceConf
         raise UserError(f"from_pretrained: {folder / CONFIG_FILE} is not text, expected JSON ({error})") from error
     config = UniF2aceConfig.from_json(text)
     try:
-        return config, load_file(folder / WEIGHTS_FILE, device=str(device))
+        state = load_file(folder / WEIGHTS_FILE, device=str(device))
     except SafetensorError as error:
         raise UserError(
             f"from_pretrained: {folder / WEIGHTS_FILE} is truncated or no safetensors file ({error})"
         ) from error
+    # Slices of a mapped file start at any byte, which slows vector loads and sends matrix products down other code
+    # paths, with other last bits, than the same numbers in memory of their own.
+    return config, {name: tensor.clone() for name, tensor in state.items()}
 
 
 def check(folder: Path, expected: dict[str, torch.Size], state: dict[str, Tensor]) -> None:

@@ -10,12 +10,13 @@ the random numbers used in it are functions of (seed, k) alone.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import pickle
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -113,23 +114,6 @@ def fit(
     there, continues from it. Raises `UserError` when it belongs to other settings, when the loss stops being finite, or
     when the folder cannot be written: the last checkpoint is then still whole.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        return _fit(name, module, losses, settings, num_rows, folder, evaluate)
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"{name}: cannot write into {folder}: {reason}; expected a folder with free space") from error
-
-
-def _fit(
-    name: str,
-    module: nn.Module,
-    losses: Callable[[torch.Tensor, torch.Generator], dict[str, torch.Tensor]],
-    settings: FitSettings,
-    num_rows: int,
-    folder: Path,
-    evaluate: Callable[[], dict[str, float]],
-) -> dict[str, float]:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     module.to(settings.device)
@@ -142,8 +126,9 @@ def _fit(
     results: dict[str, float] = {}
     started = reported = time.monotonic()
     with (
+        _writing_into(folder, name),
         open(folder / "train.jsonl", "a") as log,
-        tqdm(total=settings.steps, initial=first, desc=name, unit="step", mininterval=2.0) as bar,
+        tqdm(total=settings.steps, initial=first, desc=name, unit="step", mininterval=2.0, disable=None) as bar,
     ):
 
         def report(record: dict) -> None:
@@ -187,6 +172,17 @@ def _fit(
         with torch.no_grad():
             results = evaluate()
     return results
+
+
+@contextlib.contextmanager
+def _writing_into(folder: Path, name: str) -> Iterator[None]:
+    """Make `folder`; a full or unwritable disk, now or later, becomes one sentence."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{name}: cannot write into {folder}: {reason}; expected a folder with free space") from error
 
 
 def _save(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, settings: FitSettings, step: int) -> None:

@@ -25,11 +25,11 @@ SAMPLES = 8
 
 
 @dataclasses.dataclass
-class ModelTraining(FitSettings):
+class ModelTraining(ObjectiveSettings, FitSettings):
     """Settings of one training; `generation` + `understanding` sequences make a step's batch.
 
     turns: questions asked in a row about one face; caption_share: share of understanding sequences that ask for a
-    description instead. The fields from `alpha` on are those of `ObjectiveSettings`.
+    description instead. The weights of the loss come from `ObjectiveSettings`, the rest from `FitSettings`.
     """
 
     generation: int = 24
@@ -37,21 +37,10 @@ class ModelTraining(FitSettings):
     turns: int = 4
     caption_share: float = 0.4
     condition_dropout: float = 0.1
-    alpha: float = 0.01
-    score_weight: str = "sigma"
-    score_columns: str = "code"
-    ntp_weight: float = 1.0
-    generation_weight: float = 1.0
-    balance_weight: float = 0.01
-    z_weight: float = 0.0
 
     def __post_init__(self) -> None:
         self.batch_size = self.generation + self.understanding
         super().__post_init__()
-
-    def objective(self) -> ObjectiveSettings:
-        names = [field.name for field in dataclasses.fields(ObjectiveSettings)]
-        return ObjectiveSettings(**{name: getattr(self, name) for name in names})
 
 
 def train_model(
@@ -68,7 +57,6 @@ def train_model(
     Writes `train.jsonl`, `checkpoint.pt` (resumable to the same losses) and `samples-<number>.png` (faces drawn from
     held-out captions) into `folder`.
     """
-    objective = settings.objective()
 
     def batches(faces: TokenizedFaces) -> MixedBatches:
         return MixedBatches(
@@ -85,7 +73,7 @@ def train_model(
 
     def losses(rows: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
         batch = train_batches(rows, np.random.default_rng(generator.initial_seed()))
-        reports = training_losses(model, batch, objective)
+        reports = training_losses(model, batch, settings)
         return {**reports, "tokens": torch.tensor(float(batch.packed.layout.num_rows))}
 
     def evaluate() -> dict[str, float]:
@@ -93,9 +81,7 @@ def train_model(
         for index in range(HELD_OUT_BATCHES):
             start = index * settings.batch_size % max(1, len(val.table) - settings.batch_size)
             rows = torch.arange(start, start + settings.batch_size)
-            reports = training_losses(
-                model, val_batches(rows, np.random.default_rng([settings.seed, index])), objective
-            )
+            reports = training_losses(model, val_batches(rows, np.random.default_rng([settings.seed, index])), settings)
             for name, value in reports.items():
                 totals[f"val_{name}"] = totals.get(f"val_{name}", 0.0) + float(value) / HELD_OUT_BATCHES
         number = len(list(folder.glob("samples-*.png"))) + 1  # counts on after a restart

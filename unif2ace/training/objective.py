@@ -20,7 +20,7 @@ from unif2ace.training.batches import MixedBatch
 from unif2ace.vocabulary import Vocabulary
 
 
-@dataclass(frozen=True)
+@dataclass
 class ObjectiveSettings:
     """Weights of the terms; `alpha`, `score_weight` and `score_columns` are D3Diff's (alpha = 0: plain masked
     generation).
