@@ -187,7 +187,7 @@ class Recipe:
         model.save_pretrained(folder, dtype=torch.bfloat16)
         facts = {
             "name": self.name,
-            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+            "machine": f"{platform.machine()}, {torch.get_num_threads()} thread(s)",
             "torch": torch.__version__,
         }
         facts |= {"seconds": round(time.time() - started), "settings": dataclasses.asdict(settings), "scores": scores}
@@ -198,7 +198,8 @@ class Recipe:
         partial = self.out / "export.partial"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        final = "refine" if self.section("refine") else "train"
+        trained = ["train", "refine"] if self.section("refine") else ["train"]
+        final = trained[-1]
         sources = {
             final: ("model.safetensors", "config.json"),
             "tokenizer": ("tokenizer.json",),
@@ -213,18 +214,21 @@ class Recipe:
         (partial / "generation_config.json").write_text(
             json.dumps(dataclasses.asdict(GenerationConfig()), indent=2) + "\n"
         )
-        facts = json.loads((self.folder(final) / "facts.json").read_text())
+        facts = [json.loads((self.folder(stage) / "facts.json").read_text()) for stage in trained]
         (partial / "README.md").write_text(_card(facts))
         shutil.rmtree(self.folder("export"), ignore_errors=True)
         partial.rename(self.folder("export"))
 
 
-def _card(facts: dict) -> str:
-    scores = "\n".join(f"| {name} | {value:.4g} |" for name, value in facts["scores"].items())
+def _card(stages: list[dict]) -> str:
+    """A model card from the facts of each training of the transformer, in order."""
+    last = stages[-1]
+    minutes = " + ".join(f"{facts['seconds'] / 60:.0f}" for facts in stages)
+    scores = "\n".join(f"| {name} | {value:.4g} |" for name, value in last["scores"].items())
     return (
-        f"# {facts['name']}\n\n"
-        f"Trained by the recipe of this name with torch {facts['torch']} on {facts['machine']}; "
-        f"the transformer alone took {facts['seconds'] / 60:.0f} minutes.\n\n"
+        f"# {last['name']}\n\n"
+        f"Trained by the recipe of this name with torch {last['torch']} on {last['machine']}; "
+        f"the transformer alone took {minutes} minutes.\n\n"
         f"| held-out | value |\n|---|---|\n{scores}\n"
     )
 
