@@ -40,9 +40,9 @@ PROMPTS = (
 ASKED_FACES = 4
 QUESTIONS_PER_FACE = 6
 REDRAWN_PROMPTS = (
-    "a person wearing dark sunglasses, grinning, with a black full beard",
-    "a person with crying eyes, sad, clean-shaven, without glasses",
-    "a person with surprised eyes, smiling, wearing round glasses",
+    "a person with {skin} skin, wearing dark sunglasses, grinning, with a black full beard",
+    "a person with {skin} skin, with crying eyes, sad, clean-shaven, without glasses",
+    "a person with {skin} skin, with surprised eyes, smiling, clean-shaven, wearing round glasses",
 )
 SEED = 3
 SPEED_FACES, SPEED_ROUNDS = 8, 3
@@ -68,7 +68,8 @@ def run_demo(out: str | Path = "demo", model: str = "avatars-tiny", say: Callabl
     files.append(write_text(out / "answers.md", text))
     say(f"{files[-1]}: {asked} questions about {ASKED_FACES} faces it has never seen, {right} answered exactly")
 
-    files.append(write_image(out / "in-painting.png", in_painting_picture(pipe, pictures[0])))
+    skin = table.attributes[0]["skin"]
+    files.append(write_image(out / "in-painting.png", in_painting_picture(pipe, pictures[0], skin)))
     say(f"{files[-1]}: a face, what is kept of it, and the rest redrawn from three sentences")
 
     say("\nfaces and answers per second on this machine (medians of interleaved rounds):\n")
@@ -99,11 +100,12 @@ def answers_page(pipe: UniF2acePipeline, table: FaceTable, pictures: list[Image.
     return "\n".join(lines), right, len(asked)
 
 
-def in_painting_picture(pipe: UniF2acePipeline, picture: Image.Image) -> Image.Image:
-    """Original, what is kept of it, and the middle of the face redrawn from three sentences."""
+def in_painting_picture(pipe: UniF2acePipeline, picture: Image.Image, skin: str) -> Image.Image:
+    """Original, what is kept of it, and the middle of the face redrawn from three sentences that keep the skin tone."""
+    prompts = [prompt.format(skin=skin) for prompt in REDRAWN_PROMPTS]
     size = pipe.image_size
     keep = torch.ones(size, size, dtype=torch.bool)
     keep[size // 4 : size * 7 // 8, size // 4 : size * 3 // 4] = False
-    redrawn = pipe.generate(list(REDRAWN_PROMPTS), seed=SEED, known_image=picture, known_mask=keep)
+    redrawn = pipe.generate(prompts, seed=SEED, known_image=picture, known_mask=keep)
     shown = Image.composite(picture, Image.new("RGB", picture.size, "grey"), Image.fromarray(keep.numpy()))
-    return face_grid([picture, shown, *redrawn], ["original", "what is kept", *REDRAWN_PROMPTS], columns=5)
+    return face_grid([picture, shown, *redrawn], ["original", "what is kept", *prompts], columns=5)
