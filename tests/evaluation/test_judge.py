@@ -6,7 +6,8 @@ import torch
 from unif2ace.data.attributes import ATTRIBUTES
 from unif2ace.data.loader import FaceTable
 from unif2ace.errors import UserError
-from unif2ace.evaluation.judge import Judge, JudgeConfig, JudgeTraining, agreement, degraded, train_judge
+from unif2ace.evaluation.judge import Judge, JudgeConfig, agreement
+from unif2ace.training.judge import JudgeTraining, degraded, train_judge
 
 
 def coloured(count: int) -> FaceTable:

@@ -17,7 +17,7 @@ import torch
 
 from unif2ace.codec.pixels import psnr, to_float
 from unif2ace.codec.small import SmallCodec, SmallCodecConfig
-from unif2ace.training.fit import FitSettings, fit
+from unif2ace.training.loop import FitSettings, fit
 
 
 @dataclasses.dataclass

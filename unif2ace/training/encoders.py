@@ -28,7 +28,7 @@ from unif2ace.data.loader import FaceTable
 from unif2ace.data.text import TextTokenizer
 from unif2ace.errors import UserError
 from unif2ace.model.features import SmallClipEncoder, SmallFaceEncoder, TowerConfig
-from unif2ace.training.fit import FitSettings, fit
+from unif2ace.training.loop import FitSettings, fit
 
 # What stays with a person between two pictures; expression, eyewear, clothing and background do not.
 IDENTITY = ("skin", "hair", "hair color", "headwear", "headwear color", "facial hair", "facial hair color")

@@ -17,7 +17,7 @@ from unif2ace.generation.plain import generate_codes
 from unif2ace.imaging import face_grid
 from unif2ace.model.transformer import UniF2ace
 from unif2ace.training.batches import MixedBatches, TokenizedFaces
-from unif2ace.training.fit import FitSettings, fit
+from unif2ace.training.loop import FitSettings, fit
 from unif2ace.training.objective import ObjectiveSettings, training_losses
 
 HELD_OUT_BATCHES = 4

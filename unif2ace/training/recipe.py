@@ -31,7 +31,6 @@ from unif2ace.data.language import full_caption
 from unif2ace.data.loader import FaceTable
 from unif2ace.data.text import QUESTION_TEMPLATE, TextTokenizer
 from unif2ace.errors import UserError
-from unif2ace.evaluation.judge import JudgeTraining, train_judge
 from unif2ace.files import replace_file, write_text
 from unif2ace.generation.settings import GenerationConfig
 from unif2ace.model.features import SmallClipEncoder, SmallFaceEncoder
@@ -39,6 +38,7 @@ from unif2ace.model.transformer import UniF2ace
 from unif2ace.training.batches import TokenizedFaces
 from unif2ace.training.codec import CodecTraining, train_codec
 from unif2ace.training.encoders import ClipTraining, FaceTraining, train_clip, train_face
+from unif2ace.training.judge import JudgeTraining, train_judge
 from unif2ace.training.model import ModelTraining, train_model
 
 if sys.version_info >= (3, 11):
