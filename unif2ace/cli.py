@@ -84,7 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
         "demo",
         "Show everything the bundled model does, in under a minute.",
         "unif2ace demo",
-        "unif2ace demo --out /tmp/demo",
+        "unif2ace demo --out pictures",
     )
     demo.add_argument("--out", default="demo", help="folder for the pictures and answers (default: %(default)s)")
     demo.add_argument("--model", default=MODEL, help="a bundled name, a folder or a hub id (default: %(default)s)")
