@@ -130,3 +130,9 @@ def test_a_full_disk_ends_in_one_sentence(faces, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="model: cannot write into"):
         train_model(settings, parts.model, parts.tokenizer, parts.codec, faces, faces, tmp_path / "file")
+
+
+@pytest.mark.parametrize("name", ["generation", "understanding", "turns"])
+def test_a_mixture_without_one_of_its_parts_is_refused(name):
+    with pytest.raises(ValueError, match=f"training setting {name} must be at least 1, got 0"):
+        ModelTraining(**{name: 0})

@@ -2,8 +2,8 @@
 
 Start with every wanted code unknown. Each step runs the transformer over the image rows (the text's keys and values
 are cached, they never change), samples all unknown codes at once, and re-masks the least certain ones as the schedule
-says. Noise depends on the request's seed, the position and the step alone, so a face does not depend on the batch it
-is drawn in.
+says. Noise depends on the request's seed, the position and the step alone, so a face draws the same noise in any
+batch; what the batch still changes is the last bit of matrix products of another size, which can flip a token.
 
 Cost: steps * 2 (with guidance) * images * (N + 2) rows through the transformer.
 """

@@ -4,8 +4,8 @@ This file is the specification that the C++, CUDA and Triton kernels reproduce *
 
 **Counter.** Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). The key is the
 64-bit seed of the request, low word first. The counter is `(code >> 2, position, step, stream)`; its four output words
-belong to the codes `4j, 4j + 1, 4j + 2, 4j + 3`. An image therefore depends on its own seed only: not on the batch it
-travels in, the tile shape, the device or the back end. One round, on 32-bit words:
+belong to the codes `4j, 4j + 1, 4j + 2, 4j + 3`. The noise of an image therefore depends on its own seed only: not on
+the batch it travels in, the tile shape, the device or the back end. One round, on 32-bit words:
 
     c0, c1, c2, c3 = hi(M1 * c2) ^ c1 ^ k0,  lo(M1 * c2),  hi(M0 * c0) ^ c3 ^ k1,  lo(M0 * c0)
 

@@ -12,6 +12,7 @@ import torch
 
 from unif2ace.codec import SmallCodec
 from unif2ace.data.text import TextTokenizer
+from unif2ace.errors import UserError
 from unif2ace.files import write_image
 from unif2ace.generation.plain import generate_codes
 from unif2ace.imaging import face_grid
@@ -39,6 +40,9 @@ class ModelTraining(ObjectiveSettings, FitSettings):
     condition_dropout: float = 0.1
 
     def __post_init__(self) -> None:
+        for name in ("generation", "understanding", "turns"):
+            if getattr(self, name) < 1:
+                raise UserError(f"training setting {name} must be at least 1, got {getattr(self, name)}")
         self.batch_size = self.generation + self.understanding
         super().__post_init__()
 
