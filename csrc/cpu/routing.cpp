@@ -10,10 +10,9 @@
 #include <tuple>
 #include <vector>
 
-#include "common/checks.h"
-#include "common/stable.h"
 #include "cpu/isa.h"
 #include "cpu/routing_tile.h"
+#include "cpu/tensors.h"
 
 namespace unif2ace::routing {
 namespace {
@@ -47,23 +46,6 @@ UNIF2ACE_MULTIVERSION(run_backward, backward_body,
 Scoring parse_scoring(const std::string& name) {
   check(name == "softmax" || name == "sigmoid", "route: scoring must be 'softmax' or 'sigmoid', got '", name, "'");
   return name == "softmax" ? Scoring::softmax : Scoring::sigmoid;
-}
-
-int32_t aoti_dtype(const Tensor& tensor) {
-  int32_t dtype = 0;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
-  return dtype;
-}
-
-Tensor dense(const Tensor& tensor) {
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
-}
-
-// A contiguous float32 (or int32) argument of the given number of elements; anything else is refused.
-Tensor argument(const char* name, const Tensor& tensor, ScalarType dtype, int64_t numel) {
-  check(tensor.scalar_type() == dtype, "route: ", name, " must be ", dtype == ScalarType::Int ? "int32" : "float32");
-  check(tensor.numel() == numel, "route: ", name, " must have ", numel, " elements, got ", tensor.numel());
-  return dense(tensor);
 }
 
 // Checks everything that memory safety hangs on; `widest` receives the columns of the largest group.
@@ -162,8 +144,9 @@ using Plan = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, 
 
 Plan route(const Tensor& logits, int64_t top_k, std::optional<Tensor> token_group, std::vector<int64_t> group_bounds,
            Text scoring, std::optional<Tensor> selection_bias, bool renormalize, double scale, bool check_finite) {
-  if (token_group) token_group = argument("token_group", *token_group, ScalarType::Int, logits.size(0));
-  if (selection_bias) selection_bias = argument("selection_bias", *selection_bias, ScalarType::Float, logits.size(1));
+  if (token_group) token_group = argument("route", "token_group", *token_group, ScalarType::Int, logits.size(0));
+  if (selection_bias)
+    selection_bias = argument("route", "selection_bias", *selection_bias, ScalarType::Float, logits.size(1));
   int widest = 0;
   const Problem problem =
       make_problem(logits, top_k, token_group ? &*token_group : nullptr, group_bounds, renormalize, scale, &widest);
@@ -219,14 +202,14 @@ Tensor route_backward(const Tensor& grad_weights, const Tensor& grad_importance,
                       std::vector<int64_t> group_bounds, Text scoring, bool renormalize, double scale) {
   check(experts.dim() == 2, "route: experts must be [T, K], got ", experts.dim(), " dimensions");
   const int64_t tokens = logits.size(0), top_k = experts.size(1);
-  if (token_group) token_group = argument("token_group", *token_group, ScalarType::Int, tokens);
+  if (token_group) token_group = argument("route", "token_group", *token_group, ScalarType::Int, tokens);
   int widest = 0;
   const Problem problem =
       make_problem(logits, top_k, token_group ? &*token_group : nullptr, group_bounds, renormalize, scale, &widest);
-  const Tensor weights_c = argument("grad_weights", grad_weights, ScalarType::Float, tokens * top_k);
-  const Tensor importance_c = argument("grad_importance", grad_importance, ScalarType::Float, problem.experts);
-  const Tensor logsumexp_c = argument("grad_logsumexp", grad_logsumexp, ScalarType::Float, tokens);
-  const Tensor experts_c = argument("experts", experts, ScalarType::Int, tokens * top_k);
+  const Tensor weights_c = argument("route", "grad_weights", grad_weights, ScalarType::Float, tokens * top_k);
+  const Tensor importance_c = argument("route", "grad_importance", grad_importance, ScalarType::Float, problem.experts);
+  const Tensor logsumexp_c = argument("route", "grad_logsumexp", grad_logsumexp, ScalarType::Float, tokens);
+  const Tensor experts_c = argument("route", "experts", experts, ScalarType::Int, tokens * top_k);
   Tensor grad_logits = empty_cpu<2>({tokens, problem.experts}, aoti_dtype(logits));
 
   std::vector<float> grad_mean = inverse_group_sizes(problem);

@@ -13,7 +13,7 @@
 #include <vector>
 
 #include "common/stable.h"
-#include "cpu/lanes.h"
+#include "cpu/convert.h"
 
 namespace unif2ace::routing {
 
@@ -133,9 +133,6 @@ UNIF2ACE_INLINE void store_tile(const Problem& problem, const int64_t* token, in
 }
 
 // The functions below handle the F-wide part of a tile that starts at the given pointers.
-template <class F>
-constexpr int kWidth = sizeof(F) / sizeof(float);
-
 // A sum in two levels: with hundreds of columns the rounding errors of a single running sum would show.
 template <class F>
 struct Sum {

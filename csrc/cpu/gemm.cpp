@@ -1,0 +1,44 @@
+// See gemm.h.
+#include "cpu/gemm.h"
+
+// torch's header of this C function wants a build tied to one torch; its signature is part of the C interface that
+// compiled AOTInductor models rely on. A weak reference: null in a torch that was built without oneDNN.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_cpu__linear_pointwise(
+    AtenTensorHandle x, AtenTensorHandle w, AtenTensorHandle* bias, const char* post_op, const double** scalars,
+    int64_t scalars_len, const char** algorithm, AtenTensorHandle* result);
+
+namespace unif2ace {
+namespace {
+
+Tensor view(const void* data, std::array<int64_t, 2> sizes, std::array<int64_t, 2> strides, ScalarType dtype) {
+  return torch::stable::from_blob(const_cast<void*>(data), {sizes.data(), 2}, {strides.data(), 2},
+                                  torch::stable::Device(torch::headeronly::DeviceType::CPU), dtype);
+}
+
+}  // namespace
+
+Tensor matrix(const void* data, int64_t rows, int64_t columns, int64_t row_stride, ScalarType dtype) {
+  return view(data, {rows, columns}, {row_stride, 1}, dtype);
+}
+
+Tensor matrix_t(const void* data, int64_t rows, int64_t columns, int64_t row_stride, ScalarType dtype) {
+  return view(data, {columns, rows}, {1, row_stride}, dtype);
+}
+
+Tensor linear(const Tensor& x, const Tensor& w, const Tensor* bias) {
+  if (aoti_torch_cpu__linear_pointwise != nullptr) {
+    AtenTensorHandle bias_handle = bias == nullptr ? nullptr : bias->get();
+    const char* algorithm = "";
+    AtenTensorHandle y = nullptr;
+    if (aoti_torch_cpu__linear_pointwise(x.get(), w.get(), bias == nullptr ? nullptr : &bias_handle, "none", nullptr, 0,
+                                         &algorithm, &y) == AOTI_TORCH_SUCCESS)
+      return Tensor(y);
+  }
+  const std::optional<Tensor> optional_bias = bias == nullptr ? std::nullopt : std::optional<Tensor>(*bias);
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(w),
+                                    torch::stable::detail::from(optional_bias)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+}  // namespace unif2ace

@@ -1,0 +1,61 @@
+// Tensor arguments of CPU kernels: checked, contiguous, and as typed pointers.
+#pragma once
+
+#include "common/checks.h"
+#include "common/stable.h"
+
+namespace unif2ace {
+
+inline int32_t aoti_dtype(const Tensor& tensor) {
+  int32_t dtype = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
+  return dtype;
+}
+
+inline Tensor dense(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+inline const char* dtype_name(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    default:
+      return "another dtype";
+  }
+}
+
+// A contiguous argument of this dtype and number of elements; anything else is refused in the name of `op`.
+inline Tensor argument(const char* op, const char* name, const Tensor& tensor, ScalarType dtype, int64_t numel) {
+  check(tensor.scalar_type() == dtype, op, ": ", name, " must be ", dtype_name(dtype), ", got ",
+        dtype_name(tensor.scalar_type()));
+  check(tensor.numel() == numel, op, ": ", name, " must have ", numel, " elements, got ", tensor.numel());
+  return dense(tensor);
+}
+
+// The float dtypes that kernels read; float64 is for the reference.
+inline void check_float(const char* op, const char* name, const Tensor& tensor) {
+  const ScalarType dtype = tensor.scalar_type();
+  check(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, op, ": native ", name,
+        " must be float32, bfloat16 or float16");
+}
+
+template <class T>
+const T* pointer(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+
+template <class T>
+T* mutable_pointer(const Tensor& tensor) {
+  return static_cast<T*>(const_cast<Tensor&>(tensor).mutable_data_ptr());
+}
+
+}  // namespace unif2ace
