@@ -3,11 +3,9 @@
 // Called outside a parallel region a product uses all threads of torch, inside one it stays on its thread. Which
 // library: oneDNN, through torch's C function `aoti_torch_cpu__linear_pointwise`. torch itself sends float32 products
 // to MKL, which on AMD processors runs at half the rate (measured on a Zen 5, one thread, 256 x 512 x 256: MKL 109
-// GFLOP/s, oneDNN 228); bfloat16 is oneDNN's either way. A torch without that function, or without oneDNN, gets
-// `aten::linear`.
+// GFLOP/s, oneDNN 228). Few rows, float16, and a torch without oneDNN: `aten::linear`, torch's own choice.
 //
-// Rows: from two rows on, a row's result does not depend on how many rows stand beside it (one row takes a
-// matrix-vector path that sums in another order).
+// A row's result can depend on how many rows stand beside it only where the library changes: below 16 rows.
 #pragma once
 
 #include "common/stable.h"
@@ -20,7 +18,7 @@ Tensor matrix(const void* data, int64_t rows, int64_t columns, int64_t row_strid
 // The transposed view: [columns, rows]. oneDNN takes either orientation of w at the same speed.
 Tensor matrix_t(const void* data, int64_t rows, int64_t columns, int64_t row_stride, ScalarType dtype);
 
-// x [M, K], w [N, K], bias [N] or null -> a new [M, N], sums in float32. float32 and bfloat16 only.
+// x [M, K], w [N, K], bias [N] or null -> a new [M, N], sums in float32.
 Tensor linear(const Tensor& x, const Tensor& w, const Tensor* bias = nullptr);
 
 }  // namespace unif2ace

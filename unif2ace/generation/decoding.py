@@ -14,7 +14,7 @@ from torch import Tensor
 
 from unif2ace.errors import UserError
 from unif2ace.model.transformer import UniF2ace
-from unif2ace.ops import sample_tokens
+from unif2ace.ops import linear, sample_tokens
 from unif2ace.vocabulary import pack_text_step, pack_understanding
 
 TEXT_STREAM = 2  # noise stream of text decoding (spec: 0 tokens, 1 confidence, 2 text, 3 training masks)
@@ -56,7 +56,7 @@ def decode_answers(
     answers: list[list[int]] = [[] for _ in range(batch)]
     active = list(range(batch))  # sequences that have not ended, in the order of `hidden`
     for step in range(max_new_tokens):
-        logits = _restrict(torch.nn.functional.linear(hidden, weight, bias), temperature, top_k, top_p)
+        logits = _restrict(linear(hidden, weight, bias), temperature, top_k, top_p)
         rows = torch.tensor(active, device=device)
         counter = torch.full_like(rows, step)
         chosen, _ = sample_tokens(

@@ -18,7 +18,7 @@ from torch import Tensor
 from unif2ace.errors import UserError
 from unif2ace.generation.schedule import Step, schedule_steps
 from unif2ace.model.transformer import UniF2ace
-from unif2ace.ops import remask, sample_tokens
+from unif2ace.ops import linear, remask, sample_tokens
 from unif2ace.vocabulary import pack_generation, pack_generation_step
 
 
@@ -75,7 +75,7 @@ def generate_codes(
         ratio = torch.tensor([step.unknown / size for step in now], device=device).clamp(min=1 / size).repeat(halves)
         hidden = model(step_batch.with_codes(vocabulary, codes.repeat(halves, 1)), mask_ratio=ratio, cache=cache).hidden
         hidden = hidden[step_batch.layout.code_rows].view(halves, batch, size, -1)
-        logits = [torch.nn.functional.linear(half[image, position], weight, bias) for half in hidden]
+        logits = [linear(half[image, position], weight, bias) for half in hidden]
         step = torch.full_like(position, k)
         sampled, confidence = sample_tokens(
             logits[0],

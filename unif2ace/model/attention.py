@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from unif2ace.config import UniF2aceConfig
 from unif2ace.errors import UserError
 from unif2ace.layout import Layout
+from unif2ace.model.linear import Linear
 from unif2ace.ops import omni_attention
 
 
@@ -101,10 +102,10 @@ class Attention(nn.Module):
         super().__init__()
         hidden, dim = config.hidden_size, config.head_dim
         self.heads, self.head_dim = config.num_heads, dim
-        self.qkv = nn.Linear(hidden, 3 * hidden)
+        self.qkv = Linear(hidden, 3 * hidden)
         self.q_norm = nn.LayerNorm(dim, eps=config.layer_norm_eps)
         self.k_norm = nn.LayerNorm(dim, eps=config.layer_norm_eps)
-        self.out = nn.Linear(hidden, hidden)
+        self.out = Linear(hidden, hidden)
 
     def forward(
         self, h: Tensor, layout: Layout, rotary: tuple[Tensor, Tensor], cache: KVCache | None, layer: int

@@ -28,6 +28,7 @@ from torch.nn import functional
 
 from unif2ace.config import FEATURE_EXPERTS, TASKS, UniF2aceConfig
 from unif2ace.layout import Layout
+from unif2ace.model.linear import Linear
 from unif2ace.model.token_moe import router_logits
 from unif2ace.ops import RoutingPlan, mix_sequences, route
 
@@ -37,8 +38,8 @@ class MaskRatioEmbedding(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.up = nn.Linear(width, width)
-        self.down = nn.Linear(width, width)
+        self.up = Linear(width, width)
+        self.down = Linear(width, width)
 
     def forward(self, mask_ratio: Tensor) -> Tensor:
         """[B] float -> [B, 1, r]."""
@@ -59,10 +60,10 @@ class Resampler(nn.Module):
             self.heads = 1
         self.queries = nn.Parameter(torch.empty(queries, low))
         self.memory_norm = nn.LayerNorm(width, eps=eps)
-        self.key = nn.Linear(width, low) if rows > 1 else None
-        self.value = nn.Linear(width, low)
+        self.key = Linear(width, low) if rows > 1 else None
+        self.value = Linear(width, low)
         self.norm = nn.LayerNorm(low, eps=eps)
-        self.out = nn.Linear(low, hidden)
+        self.out = Linear(low, hidden)
 
     def forward(self, memory: Tensor) -> Tensor:
         """memory [B, rows, width] -> [B, image rows, hidden]."""

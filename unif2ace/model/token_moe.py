@@ -26,6 +26,7 @@ from torch.nn import functional
 from unif2ace.config import TASKS, TokenMoEConfig
 from unif2ace.errors import UserError
 from unif2ace.layout import Layout
+from unif2ace.model.linear import Linear
 from unif2ace.ops import RoutingPlan, expert_mlp, route
 
 
@@ -34,8 +35,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, hidden: int, width: int) -> None:
         super().__init__()
-        self.up = nn.Linear(hidden, width)
-        self.down = nn.Linear(width, hidden)
+        self.up = Linear(hidden, width)
+        self.down = Linear(width, hidden)
 
     def forward(self, h: Tensor) -> Tensor:
         """[T, H] -> [T, H]."""

@@ -1,0 +1,37 @@
+// Native CPU form of the op `linear`: dense y = x w^T + b by the product of gemm.h, and its gradients.
+//
+// Semantics: unif2ace/ops/linear.py. Nothing is ours here but the choice of the library.
+#include "cpu/gemm.h"
+#include "cpu/tensors.h"
+
+namespace unif2ace {
+namespace {
+
+void check_product(const Tensor& x, const Tensor& weight) {
+  check_float("linear", "x", x);
+  check(x.dim() == 2 && weight.dim() == 2 && x.size(1) == weight.size(1), "linear: x must be [M, K] and weight [N, K]");
+  check(x.scalar_type() == weight.scalar_type(), "linear: x and weight must have one dtype, got ",
+        dtype_name(x.scalar_type()), " and ", dtype_name(weight.scalar_type()));
+}
+
+Tensor linear_forward(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias) {
+  check_product(x, weight);
+  return linear(x, weight, bias ? &*bias : nullptr);
+}
+
+Tensor transposed(const Tensor& x) {
+  return torch::stable::transpose(x, 0, 1);
+}
+
+std::tuple<Tensor, Tensor> linear_backward(const Tensor& grad, const Tensor& x, const Tensor& weight) {
+  check_product(x, weight);
+  return {linear(grad, transposed(weight)), linear(transposed(grad), transposed(x))};
+}
+
+}  // namespace
+}  // namespace unif2ace
+
+STABLE_TORCH_LIBRARY_IMPL(unif2ace_native, CPU, m) {
+  m.impl("linear", TORCH_BOX(&unif2ace::linear_forward));
+  m.impl("linear_backward", TORCH_BOX(&unif2ace::linear_backward));
+}

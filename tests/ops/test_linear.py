@@ -1,0 +1,106 @@
+"""linear: every back end against the oracle, and the library behind `native` on the sizes where it changes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.oracle import DTYPES, assert_matches_reference, available_backends, noncontiguous, registered
+from unif2ace.errors import UserError
+from unif2ace.model.linear import Linear
+from unif2ace.ops import _registry, linear, use_backend
+
+BACKENDS = available_backends("linear")
+SIZES = {"no-row": (0, 5, 3), "one": (1, 1, 1), "few": (7, 29, 37), "edge": (16, 32, 48), "many": (61, 64, 33)}
+
+each_backend = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def problem(rows: int, width: int, columns: int, bias: bool = True) -> dict[str, torch.Tensor]:
+    tensors = {"x": torch.randn(rows, width), "weight": torch.randn(columns, width)}
+    return {**tensors, "bias": torch.randn(columns)} if bias else tensors
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "plain"])
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES.keys())
+@each_backend
+def test_values_and_gradients(backend: str, size: tuple[int, int, int], bias: bool, dtype: torch.dtype):
+    def run(backend: str, **tensors: torch.Tensor) -> tuple[torch.Tensor]:
+        return (linear(**tensors, backend=backend),)
+
+    assert_matches_reference(run, problem(*size, bias), dtype, backend)
+
+
+@each_backend
+def test_leading_dimensions_and_strides(backend: str):
+    x, weight, bias = problem(24, 10, 6).values()
+    expected = F.linear(x, weight, bias)
+    torch.testing.assert_close(linear(x.view(2, 3, 4, 10), weight, bias, backend=backend), expected.view(2, 3, 4, 6))
+    torch.testing.assert_close(linear(x[0], weight, bias, backend=backend), expected[0])
+    strided = linear(noncontiguous(x), noncontiguous(weight), noncontiguous(bias), backend=backend)
+    torch.testing.assert_close(strided, expected)
+
+
+@each_backend
+def test_rows_do_not_depend_on_their_number(backend: str):
+    """From 16 rows on one library does all the work, row by row in one order."""
+    x, weight, bias = problem(300, 96, 64).values()
+    whole = linear(x, weight, bias, backend=backend)
+    for rows in (16, 17, 31, 64, 100, 255):
+        assert torch.equal(linear(x[:rows], weight, bias, backend=backend), whole[:rows]), rows
+
+
+@pytest.mark.parametrize("registry", [False, True], ids=["plain", "registered"])
+def test_gradcheck(registry: bool):
+    tensors = [x.double().requires_grad_(True) for x in problem(3, 4, 2).values()]
+
+    def run(*tensors: torch.Tensor) -> torch.Tensor:
+        return linear(*tensors, backend="reference")
+
+    if registry:
+        with registered():
+            assert torch.autograd.gradcheck(run, tensors)
+    else:
+        assert torch.autograd.gradcheck(run, tensors)
+
+
+@each_backend
+def test_opcheck(backend: str):
+    x, weight, bias = problem(7, 5, 3).values()
+    torch.library.opcheck(_registry.registered(backend, "linear"), (x, weight, bias))
+    torch.library.opcheck(_registry.registered(backend, "linear"), (x, weight, None))
+    torch.library.opcheck(_registry.registered(backend, "linear_backward"), (torch.randn(7, 3), x, weight))
+
+
+@each_backend
+def test_compiles_whole(backend: str):
+    module = Linear(6, 4)
+    x = torch.randn(2, 9, 6, requires_grad=True)
+    with use_backend(backend):
+        compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x), F.linear(x, module.weight, module.bias))
+        (grad,) = torch.autograd.grad(compiled(x).square().sum(), [x])
+        (expected,) = torch.autograd.grad(F.linear(x, module.weight, module.bias).square().sum(), [x])
+        torch.testing.assert_close(grad, expected)
+
+
+def test_autocast_decides_the_dtype():
+    module = Linear(8, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert module(torch.randn(3, 8)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ((torch.ones(3, 4, dtype=torch.int32), torch.ones(2, 4)), r"x must be \[..., K\] floating point"),
+        ((torch.ones(3, 4), torch.ones(2, 5)), r"weight must be \[N, 4\] float32, got \[2, 5\] float32"),
+        ((torch.ones(3, 4), torch.ones(2, 4).half()), r"weight must be \[N, 4\] float32, got \[2, 4\] float16"),
+        ((torch.ones(3, 4), torch.ones(2, 4), torch.ones(3)), r"bias must be \[2\] float32, got \[3\] float32"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments: tuple[torch.Tensor, ...], sentence: str):
+    with pytest.raises(UserError, match=sentence):
+        linear(*arguments)
