@@ -228,16 +228,15 @@ def _missing(op: str, backend: str, device: str) -> str | None:
     """Why `backend` has no kernel of `op` for this device type, or None. Loads the back end when needed."""
     if op not in _ops:
         raise UserError(f"unknown op {op!r}; known ops: {', '.join(_ops)}")
-    if backend == "reference" or (backend == "native" and _has_kernels(op, backend, device)):
+    if backend == "reference":
         return None
     if backend == "native":
         from unif2ace import native
 
-        if native.load() is None:
-            return native.why_not()
-        if not _has_kernels(op, backend, device):
-            return f"the compiled module has no {op} kernel for {device} tensors"
-        return None
+        module = native.load()  # first: where Python too has a native form (attention), the module's takes its place
+        if _has_kernels(op, backend, device):
+            return None
+        return native.why_not() if module is None else f"the compiled module has no {op} kernel for {device} tensors"
     return _missing_triton(op, device)
 
 

@@ -8,9 +8,11 @@ image and one causal block text -> image + text. Keys may outnumber queries: a K
 
     out_i = sum_j softmax_j(scale * q_i . k_j) v_j        over the keys j that row i sees
 
-Cost: 4 * q_len * k_len * dim FLOPs per head and block (causal: half); nothing of size T x S, no mask tensor. Back end
-`native` is PyTorch's scaled_dot_product_attention, flash kernels on CPU and GPU, called once per run of equal blocks in
-even distance; forward keeps one logsumexp per row instead of probabilities, backward costs 2.5 times the forward.
+Cost: 4 * q_len * k_len * dim FLOPs per head and block (causal: half); nothing of size T x S, no mask tensor.
+
+Back end `native` without gradients, on a CPU, is csrc/cpu/omni_attention.cpp. Everywhere else (training, GPUs, no
+compiled module) it is PyTorch's scaled_dot_product_attention, called once per run of equal blocks in even distance: its
+flash kernels keep one logsumexp per row for backward, which costs 2.5 times the forward.
 
 Sources: Show-o (arXiv 2408.12528, omni-attention); FlashAttention (2205.14135).
 """
@@ -172,6 +174,13 @@ class _NativeAttention(torch.autograd.Function):
 # -------------------------------------------------------------------------------------------- registered ops, autograd
 
 
+def _flatten(blocks: AttentionBlocks) -> list[int]:
+    return [int(number) for block in blocks for number in block]
+
+
+_flatten_once = lru_cache(maxsize=512)(_flatten)  # every layer passes the same blocks
+
+
 def _unflatten(flat: Sequence[int]) -> AttentionBlocks:
     return tuple((*flat[i : i + 4], bool(flat[i + 4])) for i in range(0, len(flat), 5))
 
@@ -266,13 +275,14 @@ def omni_attention(
     blocks = check(tuple(tuple(block) for block in blocks), q.shape[0], k.shape[0])
     scale = 1.0 / math.sqrt(q.shape[2]) if scale is None else float(scale)
     name = _registry.choose("omni_attention", backend, q.device, q.dtype)
-    if torch.compiler.is_compiling() or name == "triton":
-        return _OmniAttention.apply(name, q, k, v, [int(number) for block in blocks for number in block], scale)
+    wants_grad = _registry.needs_grad(q, k, v)
+    if torch.compiler.is_compiling() or (name == "triton" and wants_grad):
+        return _OmniAttention.apply(name, q, k, v, _flatten(blocks), scale)
     if name == "reference":
         return reference_omni_attention(q, k, v, blocks, scale)
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+    if wants_grad:
         return _NativeAttention.apply(q, k, v, blocks, scale)
-    return _native_forward(q, k, v, blocks, scale)
+    return _registry.registered(name, "omni_attention")(q, k, v, _flatten_once(blocks), scale)
 
 
 def _check_blocks(blocks: AttentionBlocks, rows: int, keys: int) -> AttentionBlocks:
