@@ -19,8 +19,8 @@
 #include "cpu/diffusion_loss_block.h"
 #include "cpu/gemm.h"
 #include "cpu/isa.h"
-#include "cpu/small.h"
 #include "cpu/tensors.h"
+#include "cpu/values.h"
 
 namespace unif2ace::diffusion_loss {
 namespace {

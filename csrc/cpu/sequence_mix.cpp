@@ -13,8 +13,8 @@
 
 #include "cpu/convert.h"
 #include "cpu/isa.h"
-#include "cpu/small.h"
 #include "cpu/tensors.h"
+#include "cpu/values.h"
 
 namespace unif2ace::sequence_mix {
 namespace {

@@ -1,11 +1,9 @@
-// Small tensors of any float dtype (factors, weights per row) to and from std::vector<float>; large fresh outputs.
+// Small tensors of any float dtype (factors, weights per row) to and from std::vector<float>.
+//
+// What is a few numbers per row or per sequence may come strided and in a dtype of its own, float64 included.
 #pragma once
 
 #include <vector>
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 #include "cpu/tensors.h"
 
@@ -67,21 +65,6 @@ inline Tensor write_floats(const std::vector<float>& values, const Tensor& like)
     default:
       write_as<torch::headeronly::Half>(values, tensor);
   }
-  return tensor;
-}
-
-// An uninitialised contiguous tensor that may be large.
-template <size_t N>
-inline Tensor empty_large(const std::array<int64_t, N>& sizes, int32_t aoti_dtype) {
-  Tensor tensor = empty_cpu<N>(sizes, aoti_dtype);
-#if defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kPage = 2 << 20;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
-  const uintptr_t end = begin + tensor.numel() * tensor.element_size();
-  const uintptr_t first = (begin + kPage - 1) / kPage * kPage, last = end / kPage * kPage;
-  if (first < last && end - begin >= 4 * kPage)
-    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
   return tensor;
 }
 
