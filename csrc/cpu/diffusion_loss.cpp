@@ -1,6 +1,6 @@
 // Native CPU kernel of the op `diffusion_loss`: linear head + loss, values and gradients, logits never whole in memory.
 //
-// Semantics: unif2ace/ops/diffusion_loss.py. The rows that count are gathered into chunks of at most 512. The logits of
+// Semantics: unif2ace/ops/diffusion_loss.py. The rows that count are gathered into chunks of 512 or so. The logits of
 // a chunk live as blocks of columns, z_b [rows, width], each a matrix of its own; with W_b the rows of the head for b:
 //   1. blocks in parallel:  z_b = h W_b^T + bias_b, and its row statistics       (diffusion_loss_block.h)
 //   2. rows in parallel:    statistics of all blocks -> softmax, nll, mass
@@ -16,19 +16,19 @@
 #include <tuple>
 #include <vector>
 
+#include "cpu/diffusion_loss_arguments.h"
 #include "cpu/diffusion_loss_block.h"
 #include "cpu/gemm.h"
 #include "cpu/isa.h"
 #include "cpu/tensors.h"
-#include "cpu/values.h"
 
 namespace unif2ace::diffusion_loss {
 namespace {
 
-constexpr int64_t kIgnore = -100;
-constexpr int64_t kChunkRows = 512;
-constexpr int64_t kSliceRows = 64;  // rows of a task of step 4
-constexpr int64_t kMinWidth = 256, kMaxWidth = 512;
+// Rows of a chunk: at least 512 (see above), more while the logits stay below 16 MiB.
+constexpr int64_t kMinChunkRows = 512, kChunkLogits = 1 << 22;
+constexpr int64_t kMinSlice = 64, kMaxSlice = 128;   // rows of a task of step 4
+constexpr int64_t kMinWidth = 256, kMaxWidth = 512;  // columns of a block
 
 template <class F>
 UNIF2ACE_INLINE void statistics_body(ScalarType dtype, const Block& block, const Rows& rows) {
@@ -107,23 +107,7 @@ int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
-// The arguments, checked and as pointers. `gemm` is the dtype of the products.
-struct Problem {
-  ScalarType dtype, gemm;
-  int64_t hidden, start, columns, mass_begin, mass_end;  // mass columns counted from `start`
-  Tensor h, weight;                                      // [R, H], [V, H], dense
-  std::optional<Tensor> bias;                            // [V], dense
-  std::vector<int64_t> rows;                             // the rows that count
-  std::vector<int64_t> target;                           // their columns, counted from `start`
-  std::vector<float> row_weight, mass_weight;            // [R]; mass_weight empty for none
-
-  char* at(const Tensor& tensor, int64_t element) const {
-    return mutable_pointer<char>(tensor) + element * (gemm == ScalarType::Float ? 4 : 2);
-  }
-  int64_t item() const { return dtype == ScalarType::Float ? 4 : 2; }
-};
-
-// `count` elements from `first` on of a dense tensor: a view, or float32 copies where the products want those.
+// Some rows of a dense tensor for products: a view, or a copy in float32 where those have another dtype.
 Tensor for_products(const Problem& a, const Tensor& tensor, int64_t rows, int64_t columns, int64_t first_row) {
   const char* from = pointer<char>(tensor) + first_row * columns * a.item();
   if (a.dtype == a.gemm) return matrix(from, rows, columns, columns, a.gemm);
@@ -143,76 +127,20 @@ struct Head {
   std::optional<Tensor> bias;
 };
 
-template <class Index>
-void collect_rows(Problem& a, const Tensor& targets) {
-  const Tensor dense_targets = dense(targets);
-  const Index* target = pointer<Index>(dense_targets);
-  for (int64_t r = 0; r < targets.numel(); ++r) {
-    if (target[r] == kIgnore) continue;
-    check(target[r] >= a.start && target[r] < a.start + a.columns, "linear_loss: targets must be -100 or in ", a.start,
-          " .. ", a.start + a.columns - 1, ", got ", static_cast<int64_t>(target[r]));
-    a.rows.push_back(r);
-    a.target.push_back(target[r] - a.start);
-  }
-}
-
-// Checks everything that memory safety hangs on.
-Problem make_problem(const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias,
-                     const Tensor& targets, const Tensor& row_weight, const std::optional<Tensor>& mass_weight,
-                     const std::vector<int64_t>& columns, const std::vector<int64_t>& mass_columns) {
-  check_float("linear_loss", "hidden", hidden);
-  check(hidden.dim() == 2 && weight.dim() == 2 && hidden.size(1) == weight.size(1) && hidden.size(1) >= 1,
-        "linear_loss: hidden [R, H] and weight [V, H] must have the same H >= 1");
-  check(weight.scalar_type() == hidden.scalar_type() && (!bias || bias->scalar_type() == hidden.scalar_type()),
-        "linear_loss: hidden, weight and bias must have one dtype");
-  check(!bias || bias->numel() == weight.size(0), "linear_loss: bias must have ", weight.size(0), " elements");
-  const int64_t rows = hidden.size(0), width = hidden.size(1);
-  check(targets.numel() == rows && row_weight.numel() == rows && (!mass_weight || mass_weight->numel() == rows),
-        "linear_loss: targets, row_weight and mass_weight must have ", rows, " elements");
-  check(columns.size() == 2 && 0 <= columns[0] && columns[0] < columns[1] && columns[1] <= weight.size(0),
-        "linear_loss: columns must be a range within 0 .. ", weight.size(0));
-  check(!mass_weight || (mass_columns.size() == 2 && columns[0] <= mass_columns[0] &&
-                         mass_columns[0] <= mass_columns[1] && mass_columns[1] <= columns[1]),
-        "linear_loss: mass_columns must be a range within columns");
-  const ScalarType dtype = hidden.scalar_type();
-  Problem a{dtype,
-            dtype == ScalarType::Half ? ScalarType::Float : dtype,
-            width,
-            columns[0],
-            columns[1] - columns[0],
-            mass_weight ? mass_columns[0] - columns[0] : 0,
-            mass_weight ? mass_columns[1] - columns[0] : 0,
-            dense(hidden),
-            dense(weight),
-            bias ? std::optional<Tensor>(dense(*bias)) : std::nullopt,
-            {},
-            {},
-            read_floats("linear_loss", "row_weight", row_weight),
-            {}};
-  if (mass_weight) a.mass_weight = read_floats("linear_loss", "mass_weight", *mass_weight);
-  check(targets.scalar_type() == ScalarType::Int || targets.scalar_type() == ScalarType::Long,
-        "linear_loss: targets must be int32 or int64");
-  if (targets.scalar_type() == ScalarType::Int)
-    collect_rows<int32_t>(a, targets);
-  else
-    collect_rows<int64_t>(a, targets);
-  return a;
-}
-
 // Where results go: [R] and [R, H] by row, [columns, ..] by column of the softmax.
 struct Results {
   double loss = 0.0;
   float *nll, *mass;
   bool with_grads;
-  char *grad_hidden, *grad_weight;  // in the dtype of hidden
-  float* weight_sum;                // float32 [columns, H] between chunks: grad_weight itself, or memory of its own
-  float* grad_bias;                 // float32 [columns]
+  char *grad_hidden = nullptr, *grad_weight = nullptr;  // in the dtype of hidden
+  float* weight_sum = nullptr;  // float32 [columns, H] between chunks: grad_weight itself, or memory of its own
+  float* grad_bias;             // float32 [columns]
 };
 
 // The state of one chunk. `position` is its first row in the list of rows that count.
 class Chunk {
  public:
-  Chunk(const Problem& a, const Head& head, const Results& out, int64_t position, int64_t rows)
+  Chunk(const Problem& a, const Head& head, Results& out, int64_t position, int64_t rows)
       : a_(a), head_(head), position_(position), out_(out), h_(gather(rows)) {
     rows_.rows = rows;
     rows_.padded = ceil_div(rows, kLanes) * kLanes;
@@ -223,7 +151,7 @@ class Chunk {
       *field = next;
       next += rows_.padded;
     }
-    rows_.target = const_cast<int64_t*>(a.target.data()) + position;
+    rows_.target = a.target.data() + position;
     for (int64_t r = 0; r < rows; ++r) {
       rows_.weight[r] = a.row_weight[a.rows[position + r]];
       rows_.pull[r] = a.mass_weight.empty() ? 0.0f : a.mass_weight[a.rows[position + r]];
@@ -231,15 +159,17 @@ class Chunk {
     make_blocks();
   }
 
-  void run(Results& out, bool first, bool last) {
+  void run(bool first, bool last) {
     tasks(count(), [&](int64_t b) {
       Block& block = blocks_[b];
       std::optional<Tensor> bias;
-      if (head_.bias) bias = vector(a_.at(*head_.bias, block.first), block.width, a_.gemm);
-      Tensor z = linear(h_, weight_block(block), bias ? &*bias : nullptr);
+      if (head_.bias) bias = vector(from(*head_.bias, block.first), block.width, a_.gemm);
+      Tensor z =
+          linear(h_, matrix(from(head_.weight, block.first * a_.hidden), block.width, a_.hidden, a_.hidden, a_.gemm),
+                 bias ? &*bias : nullptr);
       block.logits = z.mutable_data_ptr();
       run_statistics(a_.gemm, block, rows_);
-      if (out.with_grads) logits_[b] = z;
+      if (out_.with_grads) logits_[b] = z;
     });
     torch::stable::parallel_for(0, rows_.padded / kLanes, 4, [&](int64_t begin, int64_t end) {
       run_combine(blocks_.data(), count(), rows_, begin * kLanes, end * kLanes);
@@ -251,32 +181,38 @@ class Chunk {
       const double sum = rows_.sum[r], below = static_cast<double>(rows_.target_logit[r]) - rows_.max[r];
       const double nll = sum == 0.0 ? std::nan("") : std::log(sum) - below;
       const double mass = a_.mass_weight.empty() ? 0.0 : rows_.mass[r];
-      out.nll[row] = static_cast<float>(nll);
-      out.mass[row] = static_cast<float>(mass);
-      out.loss += rows_.weight[r] * nll + rows_.pull[r] * mass;
+      out_.nll[row] = static_cast<float>(nll);
+      out_.mass[row] = static_cast<float>(mass);
+      out_.loss += rows_.weight[r] * nll + rows_.pull[r] * mass;
     }
-    if (!out.with_grads) return;
+    if (!out_.with_grads) return;
     tasks(count(), [&](int64_t b) { weight_gradient(blocks_[b], first, last); });
-    tasks(ceil_div(rows_.rows, kSliceRows), [&](int64_t slice) { hidden_gradient(slice * kSliceRows); });
+    const int64_t slice = std::min(std::max(ceil_div(rows_.rows, 8), kMinSlice), kMaxSlice);
+    tasks(ceil_div(rows_.rows, slice),
+          [&](int64_t i) { hidden_gradient(i * slice, std::min((i + 1) * slice, rows_.rows)); });
   }
 
  private:
   int64_t count() const { return static_cast<int64_t>(blocks_.size()); }
 
+  const char* from(const Tensor& tensor, int64_t element) const {
+    return pointer<char>(tensor) + element * a_.gemm_item();
+  }
+
   Tensor gather(int64_t rows) const {
     if (static_cast<int64_t>(a_.rows.size()) == a_.h.size(0)) return for_products(a_, a_.h, rows, a_.hidden, position_);
-    Tensor h = empty_cpu<2>({rows, a_.hidden},
-                            a_.gemm == ScalarType::Float ? aoti_torch_dtype_float32() : aoti_torch_dtype_bfloat16());
+    Tensor h = empty_cpu<2>({rows, a_.hidden}, a_.gemm_aoti_dtype());
     for (int64_t r = 0; r < rows; ++r)
-      convert(a_.gemm, a_.at(h, r * a_.hidden), a_.dtype,
+      convert(a_.gemm, mutable_pointer<char>(h) + r * a_.hidden * a_.gemm_item(), a_.dtype,
               pointer<char>(a_.h) + a_.rows[position_ + r] * a_.hidden * a_.item(), a_.hidden, false);
     return h;
   }
 
-  // Blocks of equal width (the last may be narrower): at least 16 of them where the columns suffice, for the threads.
+  // Blocks of equal width (the last may be narrower), a multiple of 4 of them: an even load on 2 and on 4 threads.
   void make_blocks() {
     const int64_t limit = std::min(std::max(a_.columns / 16, kMinWidth), kMaxWidth);
-    const int64_t width = ceil_div(ceil_div(a_.columns, ceil_div(a_.columns, limit)), kLanes) * kLanes;
+    const int64_t wanted = a_.columns <= limit ? 1 : ceil_div(ceil_div(a_.columns, limit), 4) * 4;
+    const int64_t width = ceil_div(ceil_div(a_.columns, wanted), kLanes) * kLanes;
     blocks_.resize(ceil_div(a_.columns, width));
     logits_.resize(blocks_.size());
     block_floats_.resize(3 * count() * rows_.padded);
@@ -296,10 +232,6 @@ class Chunk {
     }
   }
 
-  Tensor weight_block(const Block& block) const {
-    return matrix(a_.at(head_.weight, block.first * a_.hidden), block.width, a_.hidden, a_.hidden, a_.gemm);
-  }
-
   void weight_gradient(Block& block, bool first, bool last) {
     std::vector<float> group(block.width);
     run_gradients(a_.gemm, block, rows_, group.data());
@@ -313,14 +245,14 @@ class Chunk {
     if (last && a_.dtype != ScalarType::Float) convert(a_.dtype, result, ScalarType::Float, sum, n, false);
   }
 
-  void hidden_gradient(int64_t begin) {
-    const int64_t rows = std::min(kSliceRows, rows_.rows - begin);
+  void hidden_gradient(int64_t begin, int64_t end) {
+    const int64_t rows = end - begin;
     std::vector<float> sum(rows * a_.hidden);
     for (int64_t b = 0; b < count(); ++b) {
       const Block& block = blocks_[b];
       const Tensor product =
-          linear(matrix(a_.at(logits_[b], begin * block.width), rows, block.width, block.width, a_.gemm),
-                 matrix_t(a_.at(head_.weight, block.first * a_.hidden), block.width, a_.hidden, a_.hidden, a_.gemm));
+          linear(matrix(from(logits_[b], begin * block.width), rows, block.width, block.width, a_.gemm),
+                 matrix_t(from(head_.weight, block.first * a_.hidden), block.width, a_.hidden, a_.hidden, a_.gemm));
       convert(ScalarType::Float, sum.data(), a_.gemm, product.const_data_ptr(), rows * a_.hidden, b > 0);
     }
     for (int64_t r = 0; r < rows; ++r)
@@ -331,7 +263,7 @@ class Chunk {
   const Problem& a_;
   const Head& head_;
   const int64_t position_;
-  const Results& out_;
+  Results& out_;
   Rows rows_;
   Tensor h_;  // [rows, H] in the dtype of the products
   std::vector<float> row_floats_, block_floats_;
@@ -339,12 +271,11 @@ class Chunk {
   std::vector<Tensor> logits_;  // owners of the blocks' logits
 };
 
-// The results with gradients, or three empty ones. Chunks write what belongs to counted rows and columns of the
-// softmax.
 struct Gradients {
   Tensor hidden, weight, bias;
 };
 
+// Zeros wherever no chunk will write (ignored rows, columns outside of the softmax); empty tensors without gradients.
 Gradients make_gradients(const Problem& a, const Tensor& hidden, const Tensor& weight, bool with_grads) {
   const int32_t dtype = aoti_dtype(hidden);
   if (!with_grads) return {empty_cpu<1>({0}, dtype), empty_cpu<1>({0}, dtype), empty_cpu<1>({0}, dtype)};
@@ -375,13 +306,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_loss(
 
   const int32_t f32 = aoti_torch_dtype_float32();
   Tensor loss = empty_cpu<0>({}, f32), nll = empty_cpu<1>({rows}, f32), mass = empty_cpu<1>({rows}, f32);
-  Results out{0.0,    mutable_pointer<float>(nll), mutable_pointer<float>(mass), with_grads, nullptr, nullptr, nullptr,
-              nullptr};
+  Results out;
+  out.nll = mutable_pointer<float>(nll);
+  out.mass = mutable_pointer<float>(mass);
+  out.with_grads = with_grads;
   std::fill_n(out.nll, rows, 0.0f);
   std::fill_n(out.mass, rows, 0.0f);
   std::vector<float> grad_bias(a.columns);
   out.grad_bias = grad_bias.data();
-  const int64_t chunks = ceil_div(counted, kChunkRows), size = chunks == 0 ? 0 : ceil_div(counted, chunks);
+  const int64_t chunks = ceil_div(counted, std::max(kMinChunkRows, kChunkLogits / a.columns));
+  const int64_t size = chunks == 0 ? 0 : ceil_div(counted, chunks);
   std::optional<Tensor> weight_sum;
   if (with_grads) {
     out.grad_hidden = mutable_pointer<char>(grads.hidden);
@@ -394,7 +328,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_loss(
     }
   }
   for (int64_t begin = 0; begin < counted; begin += size)
-    Chunk(a, head, out, begin, std::min(size, counted - begin)).run(out, begin == 0, begin + size >= counted);
+    Chunk(a, head, out, begin, std::min(size, counted - begin)).run(begin == 0, begin + size >= counted);
   if (with_grads)
     convert(a.dtype, mutable_pointer<char>(grads.bias) + a.start * a.item(), ScalarType::Float, grad_bias.data(),
             a.columns, false);

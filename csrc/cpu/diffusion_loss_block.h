@@ -20,7 +20,7 @@ constexpr int kRowGroup = 16;  // rows that a bias gradient sums before it adds 
 // What a chunk knows about its rows; every array has `padded` elements, a multiple of 16.
 struct Rows {
   int64_t rows, padded;
-  int64_t* target;  // column of the target, counted from the first column of the softmax
+  const int64_t* target;  // column of the target, counted from the first column of the softmax
   float* target_logit;
   float *weight, *pull;     // row_weight, mass_weight (0 without one)
   float* max;               // of the row's logits
