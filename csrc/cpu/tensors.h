@@ -53,7 +53,8 @@ inline void check_float(const char* op, const char* name, const Tensor& tensor) 
 }
 
 // An uninitialised contiguous tensor that may be large: where the kernel grants them, in pages of 2 MiB. With pages of
-// 4 KiB the first write to fresh memory costs more in page faults than the write itself.
+// 4 KiB the first write to fresh memory costs more in page faults than the write itself: mixing 16512 x 2048 floats
+// takes 38.8 ms with small pages, 13.5 with large ones (two threads of a Zen 5).
 template <size_t N>
 inline Tensor empty_large(const std::array<int64_t, N>& sizes, int32_t aoti_dtype) {
   Tensor tensor = empty_cpu<N>(sizes, aoti_dtype);
