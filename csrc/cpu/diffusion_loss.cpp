@@ -214,10 +214,11 @@ class Chunk {
     return h;
   }
 
-  // Blocks of equal width (the last may be narrower), a multiple of 4 of them: an even load on 2 and on 4 threads.
+  // Blocks of equal width (the last may be narrower), 4 of them or a multiple: an even load on 2 and on 4 threads.
   void make_blocks() {
     const int64_t limit = std::min(std::max(a_.columns / 16, kMinWidth), kMaxWidth);
-    const int64_t wanted = a_.columns <= limit ? 1 : ceil_div(ceil_div(a_.columns, limit), 4) * 4;
+    const int64_t fours = (ceil_div(a_.columns, limit) + 2) / 4;
+    const int64_t wanted = a_.columns <= limit ? 1 : 4 * std::max<int64_t>(fours, 1);
     const int64_t width = ceil_div(ceil_div(a_.columns, wanted), kLanes) * kLanes;
     blocks_.resize(ceil_div(a_.columns, width));
     logits_.resize(blocks_.size());
