@@ -140,16 +140,15 @@ UNIF2ACE_INLINE double scale_and_dot(const T* grad, const T* in, float factor, T
       store_floats(out + c + v * kWidth<F>, g * factor);
       sum[v] += load_floats<F>(in + c + v * kWidth<F>) * g;
     }
-  for (int v = 0; c < n; c += kWidth<F>, ++v) {
-    const int live = static_cast<int>(std::min<int64_t>(n - c, kWidth<F>));
-    const F g = load_some<F>(grad + c, live);
-    store_some(out + c, g * factor, live);
-    sum[v] += load_some<F>(in + c, live) * g;
-  }
   float lane[kLanes];
   for (int v = 0; v < vectors; ++v) store(lane + v * kWidth<F>, sum[v]);
   double total = 0.0;
   for (int i = 0; i < kLanes; ++i) total += lane[i];
+  for (; c < n; ++c) {  // what is left of the row, in double: with few columns it is all there is
+    const float g = static_cast<float>(grad[c]);
+    out[c] = static_cast<T>(g * factor);
+    total += static_cast<double>(static_cast<float>(in[c])) * g;
+  }
   return total;
 }
 
