@@ -37,6 +37,12 @@ Tensor matrix_t(const void* data, int64_t rows, int64_t columns, int64_t row_str
   return view(data, {columns, rows}, {1, row_stride}, dtype);
 }
 
+Tensor vector_of(const void* data, int64_t size, ScalarType dtype) {
+  const int64_t stride = 1;
+  return torch::stable::from_blob(const_cast<void*>(data), {&size, 1}, {&stride, 1},
+                                  torch::stable::Device(torch::headeronly::DeviceType::CPU), dtype);
+}
+
 Tensor linear(const Tensor& x, const Tensor& w, const Tensor* bias) {
   if (onednn_takes(x, w)) {
     AtenTensorHandle bias_handle = bias == nullptr ? nullptr : bias->get();

@@ -15,8 +15,12 @@ namespace unif2ace {
 // A view of memory as [rows, columns] with the given row stride (elements), column stride 1. Holds no reference.
 Tensor matrix(const void* data, int64_t rows, int64_t columns, int64_t row_stride, ScalarType dtype);
 
-// The transposed view: [columns, rows]. oneDNN takes either orientation of w at the same speed.
+// The transposed view: [columns, rows]. oneDNN takes either orientation of w at the same speed, if w is dense (on a
+// slice of wider rows it runs a reference loop, hundreds of times slower); an x of this orientation is copied first.
 Tensor matrix_t(const void* data, int64_t rows, int64_t columns, int64_t row_stride, ScalarType dtype);
+
+// A view of `size` contiguous elements: a bias.
+Tensor vector_of(const void* data, int64_t size, ScalarType dtype);
 
 // x [M, K], w [N, K], bias [N] or null -> a new [M, N], sums in float32.
 Tensor linear(const Tensor& x, const Tensor& w, const Tensor* bias = nullptr);

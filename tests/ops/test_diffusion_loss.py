@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from benchmarks.shapes import LOSS_SMALL, LossShape
 from tests.oracle import DTYPES, assert_matches_reference, available_backends, noncontiguous, registered
+from tests.test_native import needs_native, run_python
 from unif2ace.errors import UserError
 from unif2ace.ops import _registry, d3diff_loss, linear_loss
 from unif2ace.ops.diffusion_loss import (
@@ -315,6 +316,139 @@ def test_d3diff_of_any_shape(rows: int, hidden: int, start: int, codes: int, dat
     torch.testing.assert_close(tuple(found), tuple(wanted))
 
 
+# -------------------------------------------------------------------------------------- chunks, blocks, memory, threads
+
+# Rows for several chunks and columns for several blocks of the native kernel; the codes begin and end inside of blocks.
+LARGE = LossShape(800, 24, 1100, 0)
+LARGE_CODES = (333, 914)
+
+
+def large_run(score_columns: str, targets: Tensor, backend: str, **inputs: Tensor) -> tuple[Tensor, ...]:
+    result = d3diff_loss(
+        **inputs,
+        targets=targets,
+        mask_ratio=mask_ratios(LARGE.rows),
+        num_image_tokens=IMAGE_TOKENS,
+        code_columns=LARGE_CODES,
+        score_columns=score_columns,
+        alpha=0.1,
+        backend=backend,
+    )
+    return (result.total,)
+
+
+def large_targets() -> Tensor:
+    targets = torch.randint(*LARGE_CODES, (LARGE.rows,))
+    targets[::5] = -100
+    return targets
+
+
+@each_dtype
+@each_columns
+@each_backend
+def test_many_chunks_and_blocks(backend: str, score_columns: str, dtype: torch.dtype):
+    targets = large_targets()
+
+    def run(backend: str, **inputs: Tensor) -> tuple[Tensor, ...]:
+        return large_run(score_columns, targets, backend, **inputs)
+
+    assert_matches_reference(run, head(LARGE), dtype, backend)
+
+
+@each_dtype
+@needs_native
+def test_same_bits_for_any_number_of_threads(dtype: torch.dtype):
+    inputs, targets, before = head(LARGE), large_targets(), torch.get_num_threads()
+
+    def run(threads: int) -> list[Tensor]:
+        torch.set_num_threads(threads)
+        leaves = {name: x.to(dtype).requires_grad_(True) for name, x in inputs.items()}
+        (total,) = large_run("all", targets, "native", **leaves)
+        narrow, nll = linear_loss(  # fewer columns than a block: one task, and yet one thread
+            leaves["hidden"][:60],
+            leaves["weight"][:50],
+            None,
+            torch.arange(60) % 50,
+            torch.ones(60),
+            backend="native",
+        )
+        return [total, narrow, nll, *torch.autograd.grad(total + narrow, list(leaves.values()))]
+
+    try:
+        one, *more = [run(threads) for threads in (1, 2, 3, 8)]
+    finally:
+        torch.set_num_threads(before)
+    for many in more:
+        assert all(torch.equal(a, b) for a, b in zip(one, many, strict=True))
+
+
+MEMORY_PROGRAM = """
+import resource, torch
+from unif2ace.ops import linear_loss
+def run(rows):
+    hidden, weight = torch.randn(rows, 16, requires_grad=True), torch.randn(8192, 16, requires_grad=True)
+    loss, _ = linear_loss(hidden, weight, None, torch.arange(rows), torch.ones(rows), backend="{backend}")
+    loss.backward()
+run(600)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+run(6144)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@each_backend
+def test_logits_are_never_whole_in_memory(backend: str):
+    """Ten times the rows need no more memory; all logits would be 192 MiB, and the definition holds them thrice."""
+    done = run_python(MEMORY_PROGRAM.format(backend=backend))
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 24 * 1024, f"{done.stdout} KiB more"
+
+
+@each_backend
+def test_ignored_rows_are_not_read(backend: str):
+    shape = LOSS_SMALL["primes"]
+    inputs, targets = head(shape, torch.float32), code_targets(shape)
+    ignored = targets == -100
+    results = []
+    for filler in (0.0, math.nan):
+        leaves = {name: x.clone() for name, x in inputs.items()}
+        leaves["hidden"][ignored] = filler
+        leaves = {name: x.requires_grad_(True) for name, x in leaves.items()}
+        weight = torch.ones(shape.rows).masked_fill(ignored, filler)
+        loss, nll = linear_loss(**leaves, targets=targets, row_weight=weight, backend=backend)
+        results.append([loss, nll, *torch.autograd.grad(loss, list(leaves.values()))])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert not results[1][2][ignored].any()
+
+
+@pytest.mark.parametrize("size", [1e3, 1e6])
+@each_backend
+def test_huge_logits(backend: str, size: float):
+    """Exact where one logit outweighs all others: no overflow, no cancellation."""
+    hidden, targets = size * torch.eye(7, 9), torch.arange(7)
+    targets[3:] += 1
+    inputs = [hidden.requires_grad_(True), torch.eye(9).requires_grad_(True)]
+    loss, nll = linear_loss(*inputs, None, targets, torch.ones(7), backend=backend)
+    assert nll.tolist() == [0.0] * 3 + [size] * 4
+    grad, _ = torch.autograd.grad(loss, inputs)
+    assert torch.equal(grad, (F.one_hot(torch.arange(7), 9) - F.one_hot(targets, 9)).float())
+
+
+@each_backend
+def test_columns_of_minus_infinity(backend: str):
+    """A bias of -inf shuts columns out, be it a whole block of them."""
+    inputs, targets = head(LARGE, torch.float32), torch.randint(700, 1000, (LARGE.rows,))
+    inputs["bias"][:690] = -math.inf
+    inputs = {name: x.requires_grad_(True) for name, x in inputs.items()}
+    loss, _ = linear_loss(**inputs, targets=targets, row_weight=torch.rand(LARGE.rows), backend=backend)
+    grads = torch.autograd.grad(loss, list(inputs.values()))
+    assert loss.isfinite()
+    assert all(x.isfinite().all() for x in grads)
+    assert not grads[1][:690].any()
+    assert not grads[2][:690].any()
+    torch.testing.assert_close(grads[2].sum(), torch.tensor(0.0), atol=1e-3, rtol=0)
+
+
 # ------------------------------------------------------------------------------------------------ registration, refusal
 
 
@@ -395,6 +529,30 @@ def test_d3diff_loss_refuses_bad_arguments(changes: dict[str, object], message: 
     arguments |= {"targets": torch.tensor([3, -100, 6]), "mask_ratio": torch.ones(3), "code_columns": (3, 7), **changes}
     with pytest.raises(UserError, match=f"^d3diff_loss: {message}"):
         d3diff_loss(**arguments)
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({3: torch.tensor([1, 5, 2])}, r"targets must be -100 or in 1 \.\. 4, got 5"),
+        ({3: torch.tensor([1, -1, 2], dtype=torch.int32)}, r"targets must be -100 or in 1 \.\. 4, got -1"),
+        ({3: torch.ones(2, dtype=torch.int64)}, "targets, row_weight and mass_weight must have 3 elements"),
+        ({1: torch.zeros(6, 5)}, r"hidden \[R, H\] and weight \[V, H\] must have the same H >= 1"),
+        ({1: torch.zeros(6, 4).half()}, "hidden, weight and bias must have one dtype"),
+        ({2: torch.zeros(5)}, "bias must have 6 elements"),
+        ({6: [1, 7]}, r"columns must be a range within 0 \.\. 6"),
+        ({5: torch.ones(3), 7: [0, 5]}, "mass_columns must be a range within columns"),
+    ],
+)
+def test_native_op_refuses_what_would_read_out_of_bounds(changes: dict[int, object], message: str):
+    """Compiled code skips the checks of the public function that read values."""
+    arguments = [torch.zeros(3, 4), torch.zeros(6, 4), torch.zeros(6), torch.tensor([1, -100, 4]), torch.ones(3), None]
+    arguments += [[1, 5], [1, 5], True]
+    for index, value in changes.items():
+        arguments[index] = value
+    with pytest.raises(RuntimeError, match=f"^linear_loss: {message}"):
+        _registry.registered("native", "linear_loss")(*arguments)
 
 
 def test_double_backward_is_refused_not_wrong():

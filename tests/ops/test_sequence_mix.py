@@ -1,4 +1,8 @@
-"""mix_sequences: against its definition row by row, and every back end against the oracle."""
+"""mix_sequences: against its definition row by row, and every back end against the oracle.
+
+The native kernel with a factor of 1 is a conversion to float32 and back: so all bit patterns of the 16-bit dtypes pass
+through it here, which tests csrc/cpu/convert.h for every kernel that uses it.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ from hypothesis import strategies as st
 
 from benchmarks.shapes import SEQUENCE_MIX_SMALL, MixShape
 from tests.oracle import DTYPES, assert_matches_reference, available_backends, noncontiguous, registered
+from tests.test_native import needs_native, run_python
 from unif2ace.errors import UserError
 from unif2ace.ops import _registry, mix_sequences
 
@@ -92,6 +97,130 @@ def test_noncontiguous_inputs(backend: str):
     tensors, offsets = problem(SEQUENCE_MIX_SMALL["ragged"])
     strided = {name: noncontiguous(x) if x.dim() else x for name, x in tensors.items()}
     torch.testing.assert_close(run_mix(strided, offsets, backend), run_mix(tensors, offsets, backend))
+
+
+@each_backend
+def test_factors_of_any_dtype(backend: str):
+    tensors, offsets = problem(SEQUENCE_MIX_SMALL["ragged"])
+    tensors["scale"] = tensors["scale"].double()
+    tensors["coefficients"] = noncontiguous(tensors["coefficients"].bfloat16())
+    tensors["layer_scale"] = tensors["layer_scale"].half().reshape(1, 1)
+    results = []
+    for name in (backend, "reference"):
+        leaves = {name: x.detach().requires_grad_(True) for name, x in tensors.items()}
+        result = run_mix(leaves, offsets, name)
+        result.sum().backward()  # its gradient is one expanded number
+        results.append([result, *(leaf.grad for leaf in leaves.values())])
+    for found, expected in zip(*results, strict=True):
+        assert found.dtype == expected.dtype
+        torch.testing.assert_close(found.float(), expected.float(), rtol=2**-7, atol=1e-5)  # one step of bfloat16
+
+
+def bit_patterns(dtype: torch.dtype) -> torch.Tensor:
+    """Every number of a 16-bit dtype, in rows of 257: no multiple of any vector."""
+    patterns = torch.arange(256 * 257, dtype=torch.int32).remainder(65536).to(torch.int16)
+    return patterns.view(dtype).reshape(256, 257)
+
+
+def scaled(x: torch.Tensor, factor: float, backend: str) -> torch.Tensor:
+    rows = torch.tensor([0, len(x)])
+    return mix_sequences(x, torch.tensor([factor]), [], torch.zeros(1, 0), rows, backend=backend)
+
+
+def assert_equal_bits(found: torch.Tensor, expected: torch.Tensor) -> None:
+    assert torch.equal(found.isnan(), expected.isnan())
+    number = ~expected.isnan()
+    assert torch.equal(found[number].view(torch.int16), expected[number].view(torch.int16))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@each_backend
+def test_every_number_passes_unchanged(backend: str, dtype: torch.dtype):
+    x = bit_patterns(dtype)
+    assert_equal_bits(scaled(x, 1.0, backend), x)
+
+
+# Thirds have all mantissa bits set one way or the other; 1 + 2^-9 and 1 + 2^-12 make ties; the large and small factors
+# push bfloat16 and float16 over and under their range, through the subnormals.
+@pytest.mark.parametrize("factor", [1 / 3, -2 / 3, 1 + 2**-9, 1 + 2**-12, 40000.0, 3e38, 2.0**-13, 3e-6, 1e-30])
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@each_backend
+def test_results_round_as_torch_rounds(backend: str, dtype: torch.dtype, factor: float):
+    x = bit_patterns(dtype)
+    assert_equal_bits(scaled(x, factor, backend), (x.float() * torch.tensor(factor)).to(dtype))
+
+
+@needs_native
+@pytest.mark.parametrize("full", [True, False])
+def test_rows_in_no_sequence_are_not_read(full: bool):
+    tensors, offsets = problem(MixShape((2, 3), 21, 2), full, spare=2)
+    for name in ("x", "s0", "s1"):
+        tensors[name][5:] = torch.nan
+        tensors[name].requires_grad_(True)
+    result = run_mix(tensors, offsets, "native")
+    expected = tensors["residual"][5:] if full else torch.zeros(2, 21)
+    assert torch.equal(result[5:], expected)
+    result.sum().backward()
+    assert all(not tensors[name].grad[5:].any() for name in ("x", "s0", "s1"))
+
+
+@needs_native
+@pytest.mark.parametrize("offsets", [[1, 2, 5], [0, 4, 3], [0, 2, 6], [0, -1, 5]])
+def test_bad_row_offsets_are_refused(offsets: list[int]):
+    tensors, _ = problem(MixShape((2, 3), 4, 1))
+    message = "^mix_sequences: row_offsets must not decrease, from 0 to at most 5 rows$"
+    with pytest.raises(UserError, match=message):
+        run_mix(tensors, torch.tensor(offsets), "native")
+
+
+@needs_native
+def test_same_bits_for_any_number_of_threads():
+    tensors, offsets = problem(MixShape((300, 0, 77, 513), 130, 2), spare=3)
+    before = torch.get_num_threads()
+
+    def run(threads: int) -> list[torch.Tensor]:
+        torch.set_num_threads(threads)
+        leaves = {name: x.detach().requires_grad_(True) for name, x in tensors.items()}
+        result = run_mix(leaves, offsets, "native")
+        return [result, *torch.autograd.grad(result.square().sum(), list(leaves.values()))]
+
+    try:
+        one, many = run(1), run(5)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(one, many, strict=True))
+
+
+ISA_PROGRAM = """
+import hashlib, torch
+from unif2ace import native, ops
+digest = hashlib.sha256()
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    g = torch.Generator().manual_seed(3)
+    def numbers(*shape):
+        return (torch.randint(-4096, 4097, shape, generator=g) / 512).to(dtype).requires_grad_(True)
+    offsets = torch.tensor([0, 5, 5, 37])
+    for hidden in (3, 16, 77):
+        x, residual, first, second = (numbers(40, hidden) for _ in range(4))
+        scale, coefficients, layer_scale = numbers(3), numbers(3, 2), numbers(1)
+        y = ops.mix_sequences(x, scale, [first, second], coefficients, offsets, residual, layer_scale, backend="native")
+        grads = torch.autograd.grad(y, [x, first, second, scale, coefficients, layer_scale], numbers(40, hidden))
+        for result in (y, *grads):
+            digest.update(result.detach().float().numpy().tobytes())
+print(native.build_info()["cpu"]["isa"], digest.hexdigest())
+"""
+
+
+@needs_native
+def test_same_bits_on_every_instruction_set():
+    seen = {}
+    for capability in ("default", "avx2", "avx512"):
+        done = run_python(ISA_PROGRAM, ATEN_CPU_CAPABILITY=capability)
+        assert done.returncode == 0, done.stderr
+        isa, digest = done.stdout.split()
+        seen[isa] = digest
+    assert "baseline" in seen
+    assert len(set(seen.values())) == 1, seen
 
 
 @given(lengths=st.lists(st.integers(0, 9), max_size=5), hidden=st.integers(1, 19), features=st.integers(0, 3))

@@ -249,9 +249,12 @@ def _run(backend, hidden, weight, bias, targets, row_weight, mass_weight, column
     name = _registry.choose("diffusion_loss", backend, hidden.device, hidden.dtype)
     wanted = hidden.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     with_grads = torch.is_grad_enabled() and wanted
-    return _LinearLoss.apply(
-        name, with_grads, hidden, weight, bias, targets, row_weight, mass_weight, columns, mass_columns
-    )
+    try:
+        return _LinearLoss.apply(
+            name, with_grads, hidden, weight, bias, targets, row_weight, mass_weight, columns, mass_columns
+        )
+    except RuntimeError as error:
+        raise _registry.as_user_error(error, "linear_loss") from None
 
 
 # ---------------------------------------------------------------------------------------------------- public functions

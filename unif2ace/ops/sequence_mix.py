@@ -65,10 +65,13 @@ def mix_sequences(
     name = _registry.choose("sequence_mix", backend, x.device, x.dtype)
     if name == "reference" and not torch.compiler.is_compiling():
         return reference_mix_sequences(x, scale, features, coefficients, row_offsets, residual, layer_scale)
-    if not _registry.needs_grad(x, scale, *features, coefficients, residual, layer_scale):
-        mix = _registry.registered(name, "mix_sequences")
-        return mix(x, scale, features, coefficients, row_offsets, residual, layer_scale)
-    return _MixSequences.apply(name, x, scale, coefficients, row_offsets, residual, layer_scale, *features)
+    try:
+        if not _registry.needs_grad(x, scale, *features, coefficients, residual, layer_scale):
+            mix = _registry.registered(name, "mix_sequences")
+            return mix(x, scale, features, coefficients, row_offsets, residual, layer_scale)
+        return _MixSequences.apply(name, x, scale, coefficients, row_offsets, residual, layer_scale, *features)
+    except RuntimeError as error:
+        raise _registry.as_user_error(error, "mix_sequences") from None
 
 
 def reference_mix_sequences(
