@@ -1,0 +1,154 @@
+"""Run benchmarks and print one table: `python -m benchmarks.run [OP ...] [--full] [--device cuda] [--keep NAME]`.
+
+The suite is pytest's; this file chooses what runs, keeps pytest's own lines out of the way and puts the record where it
+belongs. A benchmark that fails its correctness gate leaves no figure but a red row, and the status is 1.
+
+Records: on a GPU `benchmarks/results/<gpu>-<date>.json`, under version control; on a CPU, where figures tell little of
+other machines, `out/bench/` outside it, except when `--keep NAME` makes one that the README may cite.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import io
+import json
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import report
+from benchmarks.machine import ROOT
+from unif2ace.files import write_text
+
+FOLDER = ROOT / "benchmarks"
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What to run: files `bench_<op>.py` (all when empty), and the options of `benchmarks/conftest.py`."""
+
+    ops: Sequence[str] = ()
+    device: str = "cpu"
+    full: bool = False
+    shapes: Sequence[str] = ()
+    backends: Sequence[str] = ()
+    threads: int | None = None
+    trace_file: str | None = None
+
+    def arguments(self) -> list[str]:
+        """For pytest."""
+        listed = {"shapes": ",".join(self.shapes), "backends": ",".join(self.backends)}
+        named = {**listed, "threads": self.threads, "trace-file": self.trace_file, "device": self.device}
+        targets = [str(FOLDER / f"bench_{op}.py") for op in self.ops or known_ops()]
+        return [*targets, *(["--full"] if self.full else []), *(f"--{k}={v}" for k, v in named.items() if v)]
+
+
+@dataclass
+class Watch:
+    """A pytest plugin: one line of progress per benchmark, and the failures, which pytest-benchmark does not record."""
+
+    failures: list[dict[str, object]] = field(default_factory=list)
+    done: int = 0
+    total: int = 0
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        self.total = len(session.items)
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            self._fail({"op": _op(report.nodeid)}, report)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            self._fail(dict(report.user_properties).get("benchmark", {"op": _op(report.nodeid)}), report)
+        if report.when == "teardown":
+            self.done += 1
+            self._say(f"[{self.done}/{self.total}] {report.nodeid.rpartition('::')[2]}")
+
+    def _fail(self, what: dict[str, object], report: pytest.CollectReport | pytest.TestReport) -> None:
+        crash = getattr(report.longrepr, "reprcrash", None)
+        reason = crash.message if crash is not None else str(report.longrepr)
+        lines = [line.strip().removeprefix("E  ").strip() for line in reason.splitlines() if line.strip()]
+        shown = lines[0] if crash is not None else lines[-1]
+        self.failures.append({**what, "test": report.nodeid, "reason": shown.removeprefix("AssertionError: ")})
+
+    def _say(self, text: str) -> None:
+        if sys.__stderr__.isatty():
+            print(f"\r\033[K{text}", end="\n" if self.done == self.total else "", file=sys.__stderr__, flush=True)
+
+
+def _op(nodeid: str) -> str:
+    return Path(nodeid.partition("::")[0]).stem.removeprefix("bench_")
+
+
+def known_ops() -> list[str]:
+    """What has a benchmark file."""
+    return sorted(path.stem.removeprefix("bench_") for path in FOLDER.glob("bench_*.py"))
+
+
+def run(selection: Selection, path: Path) -> dict[str, object]:
+    """Run the selection; the record (pytest-benchmark's, with "red" beside "benchmarks"), also written to `path`.
+
+    Raises `RuntimeError` with pytest's output where the suite could not run at all.
+    """
+    watch, output = Watch(), io.StringIO()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    quiet = ["-q", "--no-header", "--tb=short", "--benchmark-quiet", "-p", "no:cacheprovider", f"--rootdir={ROOT}"]
+    collect = ["-o", "python_files=bench_*.py", "-o", "python_functions=bench_*", "--import-mode=importlib"]
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        status = pytest.main([*selection.arguments(), *quiet, *collect, f"--benchmark-json={path}"], plugins=[watch])
+    if status == pytest.ExitCode.INTERRUPTED and not watch.failures:
+        raise KeyboardInterrupt
+    if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.INTERRUPTED):
+        raise RuntimeError(output.getvalue())
+    record = json.loads(path.read_text()) if path.is_file() and path.stat().st_size else {"benchmarks": []}
+    record["red"] = watch.failures
+    write_text(path, json.dumps(record, indent=1))
+    return record
+
+
+def default_path(device: str, keep: str | None) -> Path:
+    """Where the record of a whole run belongs."""
+    date = datetime.date.today().isoformat()
+    if device == "cuda":
+        name = keep or re.sub(r"\W+", "-", torch.cuda.get_device_name()).strip("-").lower()
+        return FOLDER / "results" / f"{name}-{date}.json"
+    if keep is not None:
+        return FOLDER / "results" / f"cpu-{keep}-{date}.json"
+    return ROOT / "out" / "bench" / f"cpu-{date}.json"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.splitlines()[0])
+    parser.add_argument("ops", nargs="*", metavar="OP", help=f"some of {', '.join(known_ops())} (default: all)")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--full", action="store_true", help="every shape")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    parser.add_argument("--keep", metavar="NAME", help="write the record into benchmarks/results/")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the record there")
+    options = parser.parse_args(arguments)
+    for op in options.ops:
+        if op not in known_ops():
+            parser.error(f"expected one of {', '.join(known_ops())}, got {op!r}")
+    path = options.out or default_path(options.device, options.keep)
+    selection = Selection(options.ops, options.device, options.full, threads=options.threads)
+    try:
+        record = run(selection, path)
+    except RuntimeError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(report.table(record))
+    print(f"record: {path}")
+    return 1 if record["red"] else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
