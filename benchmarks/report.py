@@ -18,7 +18,7 @@ TITLES = (
 )  # fmt: skip
 RIGHT = {"time", "GB/s", "TFLOP/s", "% roof", "peak mem", "spread", "speed", "forward", "forward+backward", "best peer"}
 DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-OURS = ("native", "triton")
+OURS = ("native", "triton", "auto")
 
 
 @dataclass(frozen=True)
