@@ -54,7 +54,8 @@ def write(record: dict, path: Path, goal: float | None = None) -> list[Path]:
             continue
         target = path.with_name(f"{path.stem}-{name}{path.suffix}")
         options = {"metadata": {"Date": None}} if path.suffix == ".svg" else {"dpi": 160}
-        written.append(replace_file(target, lambda file, f=figure, o=options: f.savefig(file, **o)))
+        with plt.rc_context(STYLE):
+            written.append(replace_file(target, lambda file, f=figure, o=options: f.savefig(file, **o)))
         plt.close(figure)
     return written
 

@@ -51,7 +51,7 @@ class Selection:
         return [*targets, *(["--full"] if self.full else []), *(f"--{k}={v}" for k, v in named.items() if v)]
 
 
-@dataclass
+@dataclass(eq=False)  # pytest keeps its plugins in sets
 class Watch:
     """A pytest plugin: one line of progress per benchmark, and the failures, which pytest-benchmark does not record."""
 
@@ -102,7 +102,15 @@ def run(selection: Selection, path: Path) -> dict[str, object]:
     watch, output = Watch(), io.StringIO()
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
-    quiet = ["-q", "--no-header", "--tb=short", "--benchmark-quiet", "-p", "no:cacheprovider", f"--rootdir={ROOT}"]
+    quiet = [
+        "-q",
+        "--no-header",
+        "--tb=short",
+        "--benchmark-quiet",
+        "-p",
+        "no:cacheprovider",
+        f"--rootdir={FOLDER.parent}",
+    ]
     collect = ["-o", "python_files=bench_*.py", "-o", "python_functions=bench_*", "--import-mode=importlib"]
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         status = pytest.main([*selection.arguments(), *quiet, *collect, f"--benchmark-json={path}"], plugins=[watch])

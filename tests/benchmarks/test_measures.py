@@ -42,11 +42,11 @@ def test_peak_memory_counts_what_lives_at_once():
 
     def call():
         first, second = allocate(2**20, 2**22)
-        before.clear()  # released, but it was there before the call
+        before.clear()  # was there before the call: neither counted nor taken off
         del first
         return allocate(2**21), second
 
-    assert tracing.peak_bytes(tracing.trace_call(call, "call")) == 2**20 + 2**22
+    assert tracing.peak_bytes(tracing.trace_call(call, "call")) == 2**22 + 2**21
     assert tracing.peak_bytes(tracing.trace_call(lambda: None, "nothing")) == 0
 
 

@@ -67,7 +67,7 @@ def test_a_short_run_records_everything_about_its_figures(suite):
         assert list(info[figure]) == names
     assert info["cache"] == "warm"
     assert all(seconds > 0 for seconds in info["seconds"].values())
-    assert info["peak_bytes"]["native"] == 8 * 4
+    assert 8 * 4 <= info["peak_bytes"]["native"] <= 8 * 4 + 16  # the result, and a scalar operand
     assert info["ratio"]["native"] == info["seconds"]["reference"] / info["seconds"]["native"]
     assert {"commit", "date", "device", "threads", "ceilings"} <= info["run"].keys()
 
