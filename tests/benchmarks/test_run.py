@@ -45,13 +45,13 @@ def bench_crash(compare):
 @pytest.fixture
 def suite(tmp_path, monkeypatch):
     """run(**selection) -> record of the made-up suite."""
-    folder = tmp_path / "benchmarks"
+    folder = tmp_path / "made_up"  # another `benchmarks.conftest` would be taken for the real one
     folder.mkdir()
     (folder / "conftest.py").write_text("from benchmarks.conftest import *\n")
     (folder / "bench_adding.py").write_text(BENCHMARKS)
     monkeypatch.setattr(run, "FOLDER", folder)
     monkeypatch.setitem(shapes.SHORT, "adding", ("small",))
-    return lambda **selection: run.run(run.Selection(["adding"], **selection), tmp_path / "record.json")
+    return lambda op="adding", **selection: run.run(run.Selection([op], **selection), tmp_path / "record.json")
 
 
 def shapes_of(record):
@@ -100,9 +100,9 @@ def test_a_run_where_everything_is_red_still_has_a_record(suite, tmp_path):
 
 
 def test_a_benchmark_that_cannot_be_imported_is_red(suite):
-    (run.FOLDER / "bench_adding.py").write_text("import nothing_of_that_name\n")
-    (failure,) = suite()["red"]
-    assert failure["op"] == "adding"
+    (run.FOLDER / "bench_broken.py").write_text("import nothing_of_that_name\n")
+    (failure,) = suite("broken")["red"]
+    assert failure["op"] == "broken"
     assert failure["reason"] == "ModuleNotFoundError: No module named 'nothing_of_that_name'"
 
 
