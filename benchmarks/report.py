@@ -19,6 +19,7 @@ TITLES = (
 RIGHT = {"time", "GB/s", "TFLOP/s", "% roof", "peak mem", "spread", "speed", "forward", "forward+backward", "best peer"}
 DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 OURS = ("native", "triton", "auto")
+CEILING = "ceiling"  # "ceiling: ...": something else of equal FLOPs, which no implementation of the op can beat
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,8 @@ def readme(record: dict) -> str:
     groups: dict[tuple[str, str, str], dict[str, Result]] = {}
     for result in found:
         op, shape, case, dtype = result.key
-        groups.setdefault((op, shape, dtype), {})[case] = result
+        direction, _, variation = case.partition(" ")  # "forward skewed"
+        groups.setdefault((op, f"{shape} {variation}".strip(), dtype), {})[direction] = result
     titles = ("op", "shape", "dtype", "back end", "forward", "forward+backward", "best peer")
     rows = []
     for (op, shape, dtype), cases in groups.items():
@@ -194,7 +196,7 @@ def _against_peers(cases: dict[str, Result], name: str) -> str:
     """Speed against the fastest variant that is not ours, per case."""
     found = []
     for case, result in cases.items():
-        peers = [peer for peer in result.seconds if peer not in (*OURS, result.baseline)]
+        peers = [peer for peer in result.seconds if ":" in peer and not peer.startswith(CEILING)]
         if peers and name in result.seconds:
             best = min(peers, key=result.seconds.get)
             found.append(f"{result.seconds[best] / result.seconds[name]:.1f}x {best} ({case})")

@@ -114,9 +114,9 @@ def test_pictures_are_written_from_the_command_line(tmp_path, capsys):
     for name in ("p-speed.svg", "p-roofline.svg"):
         document = xml.dom.minidom.parse(str(tmp_path / name))
         texts.append(" ".join(node.firstChild.data for node in document.getElementsByTagName("text")))
-    assert "laptop, forward, fp32, cold" in texts[0]
+    assert "laptop, fwd, fp32, cold" in texts[0]
     assert "25x" in texts[0]
-    assert "fp32 product" in texts[1]
+    assert "dense product, fp32" in texts[1]
     assert "picture: " in capsys.readouterr().out
 
 
