@@ -20,7 +20,7 @@ matplotlib.use("agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from benchmarks.report import CEILING, DTYPES, OURS, Result, heading, results
 from unif2ace.files import replace_file
@@ -167,10 +167,10 @@ def roofline_chart(found: list[Result]) -> Figure | None:
     height = 4.8
     figure = plt.figure(figsize=(WIDTH, height))
     if products:
-        axes = figure.add_axes((0.075, 0.11, 0.535 if movers else 0.90, 0.62))
+        axes = figure.add_axes((0.075, 0.11, 0.535 if movers else 0.90, 0.66))
         _roofline_panel(axes, products, ceilings)
     if movers:
-        axes = figure.add_axes((0.735, 0.11, 0.245, 0.62) if products else (0.16, 0.11, 0.80, 0.62))
+        axes = figure.add_axes((0.735, 0.11, 0.245, 0.66) if products else (0.16, 0.11, 0.80, 0.66))
         _bandwidth_panel(axes, movers, ceilings["bytes_per_second"] / 1e9)
     _caption(figure, found, "Distance from what the machine can do", height)
     _legend(figure, dict.fromkeys(name for r in found for name in shown(r) if name != CEILING), height)
@@ -180,10 +180,12 @@ def roofline_chart(found: list[Result]) -> Figure | None:
 def _roofline_panel(axes: Axes, found: list[Result], ceilings: dict) -> None:
     bandwidth = ceilings["bytes_per_second"]
     intensities = [r.info["flops"] / r.info["bytes"] for r in found]
-    low, high = min(intensities) / 4, max(intensities) * 4
-    for name, rate in ceilings["flops_per_second"].items():
-        ridge = min(max(rate / bandwidth, low), high)
-        axes.plot([low, ridge, high], [low * bandwidth, min(ridge * bandwidth, rate), rate], color="#9aa0a6", zorder=1)
+    rates = ceilings["flops_per_second"]
+    ridges = [rate / bandwidth for rate in rates.values()]
+    low, high = min(intensities + ridges) / 4, max(intensities + ridges) * 4
+    for name, rate in rates.items():
+        ridge = rate / bandwidth
+        axes.plot([low, ridge, high], [low * bandwidth, rate, rate], color="#9aa0a6", zorder=1)
         axes.annotate(f"dense product, {DTYPES.get(name, name)}", (high, rate), (-2, 3), textcoords="offset points",
                       ha="right", fontsize=8, color=FAINT)  # fmt: skip
     ops = list(dict.fromkeys(r.info["op"] for r in found))
@@ -195,10 +197,12 @@ def _roofline_panel(axes: Axes, found: list[Result], ceilings: dict) -> None:
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlim(low, high)
+    axes.set_ylim(bottom=min(low * bandwidth, axes.get_ylim()[0]))
     axes.set_title("matrix products: FLOP/s", fontsize=10, color=INK)
     axes.set_xlabel("FLOP per byte of the algorithm", color=FAINT)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     axes.yaxis.set_major_formatter(EngFormatter(sep=" "))
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(color="#eceef0", linewidth=0.7)
     axes.tick_params(which="both", length=0, colors=FAINT)
     handles = [plt.Line2D([], [], marker=MARKERS[i % len(MARKERS)], color=FAINT, linestyle="") for i in range(len(ops))]
