@@ -16,7 +16,7 @@ TITLES = (
     "op", "shape", "case", "dtype", "caches", "variant", "time", "GB/s", "TFLOP/s", "% roof", "peak mem", "spread",
     "speed",
 )  # fmt: skip
-RIGHT = {"time", "GB/s", "TFLOP/s", "% roof", "peak mem", "spread", "speed"}
+RIGHT = {"time", "GB/s", "TFLOP/s", "% roof", "peak mem", "spread", "speed", "scatter", "old", "new"}
 DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 OURS = ("native", "triton", "auto")
 DIRECTIONS = ("forward", "forward+backward")
