@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.tiny import SIZE, TOKENS, tiny_pipeline
+from unif2ace.config import preset
 from unif2ace.data.attributes import ATTRIBUTES
 from unif2ace.data.avatars import split_of
 from unif2ace.data.language import full_caption
@@ -168,3 +169,23 @@ def test_what_cannot_be_compared_is_refused():
         speed.compare_backends(pipe, [])
     with pytest.raises(UserError, match="unknown back end 'magic'; expected one of auto, reference, native, triton"):
         speed.compare_backends(tiny_pipeline(), [], ["magic"])
+
+
+def test_a_random_model_has_the_parts_of_the_bundled_one(monkeypatch):
+    monkeypatch.setattr(speed, "UniF2acePipeline", FakePipeline)
+    monkeypatch.setitem(speed.RANDOM_MODELS, "random-tiny", "avatars-tiny")
+    pipe = speed.load("random-tiny")
+    assert pipe.model.config == preset("avatars-tiny")
+    assert torch.equal(pipe.model.head.weight, speed.load("random-tiny").model.head.weight)
+    assert pipe.tokenizer is tiny_pipeline().tokenizer
+    assert pipe.defaults.steps == 4
+    assert speed.size_of("random-tiny") == speed.RANDOM_SIZE != speed.size_of("avatars-tiny")
+    assert preset(speed.RANDOM_MODELS["random-100m"]).num_parameters() == pytest.approx(1e8, rel=0.05)
+
+
+class FakePipeline(UniF2acePipeline):
+    """Finds the tests' small model under every name."""
+
+    @classmethod
+    def from_pretrained(cls, name, device=None):
+        return cls(tiny_pipeline().parts)

@@ -183,6 +183,8 @@ def bench(options: argparse.Namespace) -> None:
     from unif2ace.evaluation.bench import bench_op
 
     _set_threads(options.threads)
+    if options.trace is not None:
+        check_folder(Path(options.trace).parent)
     if options.what not in ("generate", "train"):
         bench_op(
             options.what,

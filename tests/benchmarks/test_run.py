@@ -148,10 +148,14 @@ def test_the_short_list_names_shapes_that_exist():
     ("arguments", "sentence"),
     [
         (["flying"], "bench: expected one of generate, train"),
-        (["routing", "--backends", "magic"], "bench: expected back ends among reference, native, triton, peers; got"),
+        (
+            ["routing", "--backends", "magic"],
+            "bench: expected back ends among reference, native, triton, auto, peers; got",
+        ),
         (["routing", "--shapes", "huge"], "bench: expected shapes among decode-1, decode-64"),
         (["generate", "--shapes", "train"], "bench: expected --shapes with an op only, got it with generate"),
         (["generate", "--backends", "magic"], "unknown back end 'magic'; expected one of auto, reference"),
+        (["routing", "--trace", "/proc/nothing/t.json"], "cannot write into /proc/nothing"),
         (["train", "--model", "random-3t"], "model: expected a bundled name"),
     ],
 )
