@@ -27,7 +27,7 @@ from itertools import chain
 from pathlib import Path
 
 from benchmarks.machine import ROOT, commit
-from benchmarks.report import duration, markdown, results
+from benchmarks.report import duration, markdown, results, times
 from benchmarks.run import known_ops
 from benchmarks.timing import quartiles
 
@@ -96,7 +96,7 @@ def table(old: Sequence[dict], new: Sequence[dict]) -> str:
     """Markdown: old and new median, ratio and verdict of every row; then what only one side has, and red rows."""
     titles = ("op", "shape", "case", "dtype", "caches", "variant", "old", "new", "speed", "scatter", "")
     found = changes(old, new)
-    rows = [[*c.key, *map(duration, c.medians), f"{c.speedup:.2f}x", f"{c.scatter:.2f}x", c.verdict] for c in found]
+    rows = [[*c.key, *map(duration, c.medians), times(c.speedup), times(c.scatter), c.verdict] for c in found]
     lines = markdown(titles, rows) if rows else ["no row was measured on both sides"]
     before, after = rounds(old), rounds(new)
     for side, keys in (("old", before.keys() - after.keys()), ("new", after.keys() - before.keys())):

@@ -121,7 +121,7 @@ def _cells(result: Result, variant: str) -> list[str]:
         "" if roof is None else f"{100 * roof[variant]:.0f}",
         memory(info["peak_bytes"][variant]),
         f"{100 * info['spread'][variant]:.0f} %",
-        "baseline" if variant == result.baseline else f"{result.speed(variant):.2f}x",
+        "baseline" if variant == result.baseline else times(result.speed(variant)),
     ]
 
 
@@ -144,6 +144,11 @@ def duration(seconds: float) -> str:
         if seconds >= size:
             return f"{_three_digits(seconds / size)} {unit}"
     return f"{_three_digits(seconds * 1e9)} ns"
+
+
+def times(ratio: float) -> str:
+    """ "2.10x"; without decimals from 100 on."""
+    return f"{ratio:.2f}x" if ratio < 99.5 else f"{ratio:.0f}x"
 
 
 def memory(amount: int) -> str:

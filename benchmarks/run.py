@@ -115,6 +115,7 @@ def run(selection: Selection, path: Path) -> dict[str, object]:
         "no:cacheprovider",
         f"--rootdir={FOLDER.parent}",
     ]
+    # Said here as well as in pyproject.toml, since `benchmarks.compare` runs this file in older checkouts.
     collect = ["-o", "python_files=bench_*.py", "-o", "python_functions=bench_*", "--import-mode=importlib"]
     collect.append("--continue-on-collection-errors")
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
