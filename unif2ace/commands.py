@@ -206,7 +206,7 @@ def bench(options: argparse.Namespace) -> None:
         faces = options.faces or size.faces
         work = [speed.drawing(pipe, faces, options.steps), speed.answering(pipe, faces)]
     else:
-        work = [speed.training(pipe, size.sequences)]
+        work = [speed.training(pipe, size.sequences, size.update)]
     progress = _progress("measuring", "round")
     speeds = speed.compare_backends(pipe, work, backends, rounds=options.rounds, on_round=progress)
     if options.trace is not None:

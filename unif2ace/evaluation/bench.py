@@ -9,7 +9,6 @@ import importlib
 import importlib.util
 import json
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -60,8 +59,7 @@ def bench_op(
         sys.path.insert(0, str(ROOT))
     run, report = (importlib.import_module(f"benchmarks.{name}") for name in ("run", "report"))
     selection = run.Selection([op], device, shapes=shapes, backends=backends, threads=threads, trace_file=trace)
-    with tempfile.TemporaryDirectory() as folder:
-        record = run.run(selection, Path(folder) / f"{op}.json")
+    record = run.run(selection)
     if as_json:
         found = [result.info for result in report.results(record)]
         print(json.dumps({"what": op, "results": found, "red": record["red"]}, indent=2))
