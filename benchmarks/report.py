@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ TITLES = (
 RIGHT = {"time", "GB/s", "TFLOP/s", "% roof", "peak mem", "spread", "speed", "scatter", "old", "new"}
 DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 OURS = ("native", "triton", "auto")
+BUSY = 0.25  # median spread; two idle cores give 3 to 8 %, with another program on them 20 to 100 %
 DIRECTIONS = ("forward", "forward+backward")
 CEILING = "ceiling"  # "ceiling: ...": something else of equal FLOPs, which no implementation of the op can beat
 
@@ -78,6 +80,12 @@ def table(record: dict) -> str:
     lines = [*heading(found), "", *markdown(TITLES, rows)]
     notes = {f"{r.info['op']} {name}: {text}": None for r in found for name, text in r.info.get("notes", {}).items()}
     lines += ["", *notes] if notes else []
+    spread = statistics.median(spread for r in found for spread in r.info["spread"].values()) if found else 0.0
+    if spread > BUSY:
+        lines += [
+            "",
+            f"The machine was busy: half of the rows spread by more than {spread:.0%}. Do not cite these figures.",
+        ]
     if red:
         lines += ["", f"RED, no figures ({len(red)}); `python -m pytest TEST` shows all of it:"]
         lines += [f"  {failure['test']}: {failure['reason']}" for failure in red]

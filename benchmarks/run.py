@@ -123,8 +123,7 @@ def run(selection: Selection) -> dict[str, object]:
             raise UserError(output.getvalue().strip().splitlines()[-1].removeprefix("ERROR: "))
         if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.INTERRUPTED):
             raise RuntimeError(output.getvalue())
-        # pytest-benchmark opens the file at the start and leaves it empty when nothing was timed.
-        record = json.loads(path.read_text() or "{}")
+        record = json.loads(path.read_text()) if path.is_file() else {}  # no file where nothing was timed
     return {"benchmarks": [], **record, "red": watch.failures}
 
 
