@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks import shapes
-from unif2ace.ops import BACKENDS, RoutingPlan, _registry, route
+from unif2ace.ops import RoutingPlan, route
 
 INDICES = ("experts", "offsets", "order", "position", "load")
 VALUES = ("weights", "importance", "logsumexp")
@@ -54,18 +54,14 @@ def check(call: Callable[..., RoutingPlan], backend: str, grads: list[torch.Tens
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("direction", ["forward", "forward+backward"])
-@pytest.mark.parametrize("name", list(shapes.ROUTING))
-def bench_routing(name: str, direction: str, dtype: torch.dtype, device: str, compare: Callable) -> None:
-    shape = shapes.ROUTING[name]
-    call = make_call(shape, dtype, device)
+@pytest.mark.parametrize("shape", list(shapes.ROUTING))
+def bench_routing(
+    shape: str, direction: str, dtype: torch.dtype, device: str, backends: Callable, compare: Callable
+) -> None:
+    size = shapes.ROUTING[shape]
+    call = make_call(size, dtype, device)
     plan = call("reference")
     grads = [torch.randn_like(getattr(plan, field)) for field in VALUES]
-    backends = [b for b in BACKENDS if _registry.why_not("routing", b, device, (dtype,)) is None]
-    if len(backends) == 1:
-        pytest.skip("only the reference runs here; `unif2ace doctor` says why")
-    for backend in backends:
-        if backend != "reference":
-            check(call, backend, grads)
 
     def variant(backend: str) -> Callable[[], object]:
         if direction == "forward":
@@ -73,12 +69,13 @@ def bench_routing(name: str, direction: str, dtype: torch.dtype, device: str, co
         return lambda: forward_backward(call, backend, grads)
 
     passes = 1 if direction == "forward" else 2
-    moved = passes * (call.logits.nbytes + shape.tokens * (16 * shape.top_k + 4))
     compare(
-        {backend: variant(backend) for backend in backends},
+        {backend: variant(backend) for backend in backends("routing", dtype)},
         baseline="reference",
         op="routing",
-        shape=name,
-        case=f"{direction} {str(dtype).removeprefix('torch.')}",
-        bytes=moved,
+        shape=shape,
+        case=direction,
+        dtype=dtype,
+        bytes=passes * (call.logits.nbytes + size.tokens * (16 * size.top_k + 4)),
+        gate=lambda backend: check(call, backend, grads),
     )

@@ -184,6 +184,16 @@ ATTENTION_SMALL = {
     "primes": AttentionShape(3, 11, 19, 3, 24),
 }
 
+# What `make bench` runs, by benchmark file: on two cores all of it has to end within three minutes.
+SHORT = {
+    "routing": ("decode-64", "train"),
+    "experts": ("laptop",),
+    "sequence_mix": ("laptop",),
+    "sampling": ("laptop",),
+    "diffusion_loss": ("laptop",),
+    "omni_attention": ("laptop",),
+}
+
 
 def token_groups(shape: RoutingShape) -> list[int] | None:
     """Group of each token: contiguous runs of equal length, as packed batches have them; None for a single group."""
