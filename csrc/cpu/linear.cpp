@@ -14,9 +14,12 @@ void check_product(const Tensor& x, const Tensor& weight) {
         dtype_name(x.scalar_type()), " and ", dtype_name(weight.scalar_type()));
 }
 
+// Dense operands: on slices of wider rows oneDNN falls back to a loop hundreds of times slower, and a bias it takes for
+// dense, whatever its stride.
 Tensor linear_forward(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias) {
   check_product(x, weight);
-  return linear(x, weight, bias ? &*bias : nullptr);
+  if (bias) bias = argument("linear", "bias", *bias, x.scalar_type(), weight.size(0));
+  return linear(dense(x), dense(weight), bias ? &*bias : nullptr);
 }
 
 Tensor transposed(const Tensor& x) {
@@ -25,7 +28,8 @@ Tensor transposed(const Tensor& x) {
 
 std::tuple<Tensor, Tensor> linear_backward(const Tensor& grad, const Tensor& x, const Tensor& weight) {
   check_product(x, weight);
-  return {linear(grad, transposed(weight)), linear(transposed(grad), transposed(x))};
+  const Tensor grad_c = dense(grad);
+  return {linear(grad_c, transposed(dense(weight))), linear(transposed(grad_c), transposed(dense(x)))};
 }
 
 }  // namespace
