@@ -46,13 +46,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Keep the chosen shapes; a benchmark without a shape always runs."""
     named, full = config.getoption("--shapes"), config.getoption("--full")
 
+    def shape_of(item: pytest.Item) -> str | None:
+        return item.callspec.params.get("shape") if hasattr(item, "callspec") else None
+
     def chosen(item: pytest.Item) -> bool:
-        shape = item.callspec.params.get("shape") if hasattr(item, "callspec") else None
+        shape = shape_of(item)
         if shape is None or (full and not named):
             return True
         short = shapes.SHORT.get(item.path.stem.removeprefix("bench_"))
         return shape in named if named else short is None or shape in short
 
+    known = list(dict.fromkeys(shape for item in items if (shape := shape_of(item)) is not None))
+    for name in named:
+        if name not in known:
+            raise pytest.UsageError(f"bench: expected shapes among {', '.join(known)}; got {name!r}")
     kept = [item for item in items if chosen(item)]
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = kept
@@ -60,7 +67,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def is_chosen(variant: str, wanted: list[str]) -> bool:
     """Does `--backends` ask for this variant?"""
-    return not wanted or variant in wanted or (PEERS in wanted and variant not in BACKENDS)
+    return not wanted or variant in wanted or (PEERS in wanted and ":" in variant)
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ TITLES = (
 )  # fmt: skip
 RIGHT = {"time", "GB/s", "TFLOP/s", "% roof", "peak mem", "spread", "speed", "forward", "forward+backward", "best peer"}
 DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-OURS = ("native", "triton")
+OURS = ("native", "triton", "auto")
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def _cells(result: Result, variant: str) -> list[str]:
     time = duration(seconds)
     if info.get("items"):
         amount, unit = info["items"]
-        time += f" ({amount / seconds:.3g} {unit}/s)"
+        time += f" ({_three_digits(amount / seconds)} {unit}/s)"
     return [
         *result.key,
         info["cache"],
@@ -140,20 +140,24 @@ def duration(seconds: float) -> str:
     """Three digits and a unit."""
     for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
         if seconds >= size:
-            return f"{seconds / size:.3g} {unit}" if seconds < 1000 * size else f"{seconds / size:.0f} {unit}"
-    return f"{seconds * 1e9:.3g} ns"
+            return f"{_three_digits(seconds / size)} {unit}"
+    return f"{_three_digits(seconds * 1e9)} ns"
 
 
 def memory(amount: int) -> str:
     """Bytes with a binary unit."""
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if amount >= size:
-            return f"{amount / size:.3g} {unit}" if amount < 1000 * size else f"{amount / size:.0f} {unit}"
+            return f"{_three_digits(amount / size)} {unit}"
     return f"{amount} B"
 
 
+def _three_digits(value: float) -> str:
+    return f"{value:.0f}" if value >= 99.5 else f"{value:.3g}"
+
+
 def _rate(amount: float | None, seconds: float, unit: float) -> str:
-    return "" if not amount else f"{amount / seconds / unit:.3g}"
+    return "" if not amount else _three_digits(amount / seconds / unit)
 
 
 # ----------------------------------------------------------------------------------------------------------- the README

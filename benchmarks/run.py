@@ -25,6 +25,7 @@ import torch
 
 from benchmarks import report
 from benchmarks.machine import ROOT
+from unif2ace.errors import UserError
 from unif2ace.files import write_text
 
 FOLDER = ROOT / "benchmarks"
@@ -50,7 +51,7 @@ class Selection:
         return [*targets, *(["--full"] if self.full else []), *(f"--{k}={v}" for k, v in named.items() if v)]
 
 
-@dataclass
+@dataclass(eq=False)  # pytest keeps its plugins in sets
 class Watch:
     """A pytest plugin: one line of progress per benchmark, and the failures, which pytest-benchmark does not record."""
 
@@ -96,17 +97,27 @@ def known_ops() -> list[str]:
 def run(selection: Selection, path: Path) -> dict[str, object]:
     """Run the selection; the record (pytest-benchmark's, with "red" beside "benchmarks"), also written to `path`.
 
-    Raises `RuntimeError` with pytest's output where the suite could not run at all.
+    Raises `UserError` for names that select nothing, `RuntimeError` with pytest's output where the suite cannot run.
     """
     watch, output = Watch(), io.StringIO()
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
-    quiet = ["-q", "--no-header", "--tb=short", "--benchmark-quiet", "-p", "no:cacheprovider", f"--rootdir={ROOT}"]
+    quiet = [
+        "-q",
+        "--no-header",
+        "--tb=short",
+        "--benchmark-quiet",
+        "-p",
+        "no:cacheprovider",
+        f"--rootdir={FOLDER.parent}",
+    ]
     collect = ["-o", "python_files=bench_*.py", "-o", "python_functions=bench_*", "--import-mode=importlib"]
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         status = pytest.main([*selection.arguments(), *quiet, *collect, f"--benchmark-json={path}"], plugins=[watch])
     if status == pytest.ExitCode.INTERRUPTED and not watch.failures:
         raise KeyboardInterrupt
+    if status == pytest.ExitCode.USAGE_ERROR:
+        raise UserError(output.getvalue().strip().splitlines()[-1].removeprefix("ERROR: "))
     if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.INTERRUPTED):
         raise RuntimeError(output.getvalue())
     record = json.loads(path.read_text()) if path.is_file() and path.stat().st_size else {"benchmarks": []}
@@ -142,7 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     selection = Selection(options.ops, options.device, options.full, threads=options.threads)
     try:
         record = run(selection, path)
-    except RuntimeError as error:
+    except (UserError, RuntimeError) as error:
         print(error, file=sys.stderr)
         return 2
     print(report.table(record))

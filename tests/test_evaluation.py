@@ -1,15 +1,18 @@
 """Scores count what they say, held-out faces are held out, and back ends are timed in turn."""
 
+import json
+
 import pytest
 import torch
 
-from tests.tiny import SIZE, tiny_pipeline
+from tests.tiny import SIZE, TOKENS, tiny_pipeline
 from unif2ace.data.attributes import ATTRIBUTES
 from unif2ace.data.avatars import split_of
 from unif2ace.data.language import full_caption
 from unif2ace.errors import UserError
 from unif2ace.evaluation import metrics, speed
 from unif2ace.evaluation.faces import held_out_faces
+from unif2ace.ops import default_backend
 from unif2ace.pipeline import UniF2acePipeline
 
 
@@ -121,10 +124,9 @@ def test_unusable_tables_and_judges_are_refused(table):
 
 
 def test_back_ends_are_timed_in_turn():
-    rounds = []
-    speeds = speed.compare_backends(
-        tiny_pipeline(), faces=2, rounds=2, steps=1, on_round=lambda *call: rounds.append(call)
-    )
+    pipe, rounds = tiny_pipeline(), []
+    work = [speed.drawing(pipe, 2, steps=1), speed.answering(pipe, 2)]
+    speeds = speed.compare_backends(pipe, work, rounds=2, on_round=lambda *call: rounds.append(call))
     assert [entry.backend for entry in speeds] == ["reference", "auto"]
     assert all(rate > 0 for entry in speeds for rate in entry.rates.values())
     assert set(speeds[0].ops.values()) == {"reference"}
@@ -134,21 +136,35 @@ def test_back_ends_are_timed_in_turn():
     assert "1.00x, 1.00x" in lines[1]
 
 
-def test_training_is_timed_without_changing_the_model(monkeypatch):
-    monkeypatch.setattr(speed, "TRAINING_SEQUENCES", (2, 2))
+def test_a_workload_runs_on_the_back_end_it_is_bound_to():
+    seen = []
+    work = speed.Workload("calls", 1, lambda: seen.append(default_backend()))
+    speed.on_backend("reference", work)()
+    work.call()
+    assert seen == ["reference", "auto"]
+
+
+def test_training_is_timed_without_changing_the_model():
     pipe = tiny_pipeline()
     before = pipe.model.head.weight.clone()
-    speeds = speed.compare_training(pipe, rounds=1)
-    assert all(entry.rates["tokens/s"] > entry.rates["steps/s"] > 0 for entry in speeds)
+    work = speed.training(pipe, (2, 2))
+    (entry,) = speed.compare_backends(pipe, [work], ["reference"], rounds=1)
+    assert work.items > 4 * TOKENS
+    assert entry.rates["tokens/s"] > 0
     assert torch.equal(pipe.model.head.weight, before)
 
 
-def test_only_automatic_pipelines_are_compared():
+def test_traces_hold_every_workload_on_every_back_end(tmp_path):
+    pipe = tiny_pipeline()
+    path = tmp_path / "trace.json"
+    speed.trace_backends(pipe, [speed.drawing(pipe, 1, steps=1)], ["reference", "auto"], path)
+    names = {event.get("name") for event in json.loads(path.read_text())["traceEvents"]}
+    assert {"faces: reference", "faces: auto"} <= names
+
+
+def test_what_cannot_be_compared_is_refused():
     pipe = UniF2acePipeline(tiny_pipeline().parts, backend="reference")
     with pytest.raises(UserError, match="expected a pipeline with backend='auto', got 'reference'"):
-        speed.compare_backends(pipe, faces=1)
-
-
-def test_unknown_ops_are_refused():
-    with pytest.raises(UserError, match="bench: expected one of generate, train"):
-        speed.bench_op("flying", "cpu", False)
+        speed.compare_backends(pipe, [])
+    with pytest.raises(UserError, match="unknown back end 'magic'; expected one of auto, reference, native, triton"):
+        speed.compare_backends(tiny_pipeline(), [], ["magic"])

@@ -40,6 +40,10 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _listed(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
 def _common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default=MODEL, help="a bundled name, a folder or a hub id (default: %(default)s)")
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
@@ -179,9 +183,11 @@ def build_parser() -> argparse.ArgumentParser:
     bench = add(
         "bench",
         "Time back ends against each other in one interleaved run.",
-        "unif2ace bench                  # faces and answers per second",
-        "unif2ace bench train            # training steps per second",
-        "unif2ace bench routing --json   # one op, in a checkout of the repository",
+        "unif2ace bench                                            # faces and answers per second",
+        "unif2ace bench generate --model random-100m --faces 2 --steps 4   # where matrix products dominate",
+        "unif2ace bench train --backends reference,native          # training tokens per second",
+        "unif2ace bench routing --shapes train,decode-64           # one op, in a checkout of the repository",
+        "unif2ace bench experts --backends native --trace trace.json   # look at it in chrome://tracing",
     )
     bench.add_argument(
         "what", nargs="?", default="generate", help="generate, train or the name of an op (default: %(default)s)"
@@ -189,11 +195,21 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "--faces", type=_positive, default=16, metavar="N", help="faces in a batch (default: %(default)s)"
     )
+    bench.add_argument("--steps", type=_positive, metavar="T", help="denoising steps of a face (default: the model's)")
     bench.add_argument(
         "--rounds", type=_positive, default=5, metavar="N", help="measurements per back end (default: %(default)s)"
     )
-    bench.add_argument("--model", default=MODEL, help="a bundled name, a folder or a hub id (default: %(default)s)")
-    bench.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    bench.add_argument(
+        "--model", default=MODEL, help="a bundled name, a folder, a hub id, or random-100m (default: %(default)s)"
+    )
+    bench.add_argument(
+        "--shapes", type=_listed, default=[], metavar="A,B", help="an op's problem sizes (default: a short list)"
+    )
+    bench.add_argument(
+        "--backends", type=_listed, default=[], metavar="A,B", help="which to time (default: all that run here)"
+    )
+    bench.add_argument("--trace", metavar="FILE", help="write a Chrome trace with one run of everything timed")
+    bench.add_argument("--device", help="cpu or cuda (default: cuda where there is one; for an op: cpu)")
     _machine(bench)
     return parser
 

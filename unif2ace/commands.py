@@ -180,17 +180,33 @@ def doctor(options: argparse.Namespace) -> None:
 def bench(options: argparse.Namespace) -> None:
     """`unif2ace bench`."""
     from unif2ace.evaluation import speed
+    from unif2ace.evaluation.bench import bench_op
 
     _set_threads(options.threads)
     if options.what not in ("generate", "train"):
-        speed.bench_op(options.what, options.device or "cpu", options.json)
+        bench_op(
+            options.what,
+            device=options.device or "cpu",
+            shapes=options.shapes,
+            backends=options.backends,
+            threads=options.threads,
+            as_json=options.json,
+            trace=options.trace,
+        )
         return
-    pipe = UniF2acePipeline.from_pretrained(options.model, device=options.device)
-    progress = _progress("measuring", "round")
+    if options.shapes:
+        raise UserError(f"bench: expected --shapes with an op only, got it with {options.what}")
+    pipe = speed.load(options.model, options.device)
+    backends = options.backends or speed.BACKENDS_COMPARED
+    speed.check_backends(pipe, backends)
     if options.what == "generate":
-        speeds = speed.compare_backends(pipe, faces=options.faces, rounds=options.rounds, on_round=progress)
+        work = [speed.drawing(pipe, options.faces, options.steps), speed.answering(pipe, options.faces)]
     else:
-        speeds = speed.compare_training(pipe, rounds=options.rounds, on_round=progress)
+        work = [speed.training(pipe)]
+    progress = _progress("measuring", "round")
+    speeds = speed.compare_backends(pipe, work, backends, rounds=options.rounds, on_round=progress)
+    if options.trace is not None:
+        speed.trace_backends(pipe, work, backends, options.trace)
     if options.json:
         facts = {"what": options.what, "speeds": [entry.to_dict() for entry in speeds]}
         _print_json({**facts, **_machine_facts(pipe, options)})

@@ -281,6 +281,21 @@ PRESETS: dict[str, dict[str, object]] = {
         "token_moe": TokenMoEConfig(num_experts=4, top_k=2, expert_width=128, shared_width=256),
         "sequence_moe": SequenceMoEConfig(resampler_width=48, clip_rows=16, clip_width=64, face_rows=1, face_width=64),
     },
+    # For measuring speed: the pictures and words of avatars-tiny, in a model whose matrix products matter.
+    "avatars-100m": {
+        "num_layers": 7,
+        "hidden_size": 768,
+        "num_heads": 12,
+        "ffn_width": 3072,
+        "n_text": 768,
+        "end_of_text": 0,
+        "codebook_size": 1024,
+        "image_size": 64,
+        "num_image_tokens": 64,
+        "image_positions": True,
+        "token_moe": TokenMoEConfig(num_experts=8, top_k=2, expert_width=384, shared_width=768),
+        "sequence_moe": SequenceMoEConfig(resampler_width=64, clip_rows=16, clip_width=64, face_rows=1, face_width=64),
+    },
 }
 
 

@@ -17,7 +17,7 @@ from unif2ace.data.language import full_caption
 from unif2ace.data.loader import FaceTable
 from unif2ace.evaluation.faces import held_out_faces
 from unif2ace.evaluation.metrics import to_images
-from unif2ace.evaluation.speed import compare_backends, speed_table
+from unif2ace.evaluation.speed import answering, compare_backends, drawing, speed_table
 from unif2ace.files import check_folder, write_image, write_text
 from unif2ace.imaging import face_grid
 from unif2ace.pipeline import UniF2acePipeline
@@ -73,7 +73,8 @@ def run_demo(out: str | Path = "demo", model: str = "avatars-tiny", say: Callabl
     say(f"{files[-1]}: a face, what is kept of it, and the rest redrawn from three sentences")
 
     say("\nfaces and answers per second on this machine (medians of interleaved rounds):\n")
-    say(speed_table(compare_backends(pipe, faces=SPEED_FACES, rounds=SPEED_ROUNDS)))
+    work = [drawing(pipe, SPEED_FACES), answering(pipe, SPEED_FACES)]
+    say(speed_table(compare_backends(pipe, work, rounds=SPEED_ROUNDS)))
     say(f'\n{time.perf_counter() - started:.0f} s in all; now try: unif2ace generate "{PROMPTS[4]}" --num 16')
     return files
 

@@ -1,35 +1,46 @@
-"""Faces, answers and training steps per second for several back ends, in one interleaved run.
+"""Faces, answers and training tokens per second for several back ends, in one interleaved run.
 
 Rounds go through all back ends in turn, so that a machine that slows down slows all of them: the ratio of two medians
 of one run means something where absolute times do not. A first round, untimed, fills caches and loads kernels.
+
+What is timed is a `Workload`: `drawing`, `answering` and `training` make them, `on_backend` binds one to a back end.
+`load` knows one model more than the pipeline does: `random-100m`, whose products are large enough to matter. It has
+random weights between the tokenizer, codec and encoders of `avatars-tiny`: it draws noise, at a trained model's speed.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import importlib
-import json
+import dataclasses
 import statistics
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 
+from unif2ace.config import preset
 from unif2ace.errors import UserError
+from unif2ace.evaluation import tracing
 from unif2ace.evaluation.faces import held_out_faces
-from unif2ace.ops import use_backend
-from unif2ace.pipeline import UniF2acePipeline
+from unif2ace.ops import _registry, use_backend
+from unif2ace.pipeline import OPS, UniF2acePipeline
 
 BACKENDS_COMPARED = ("reference", "auto")
+RANDOM_MODELS = {"random-100m": "avatars-100m"}  # name -> preset; tokenizer, codec and encoders are avatars-tiny's
 PROMPTS = ("a smiling person with red hair", "a fair face, wearing round glasses, in a blue hoodie")
 QUESTIONS = ("What color is the hair?", "What is the mouth doing?", "What eyewear is worn?", "What clothing is worn?")
 TRAINING_SEQUENCES = (24, 10)  # generation and understanding sequences in a step, as in recipes/avatars-tiny.toml
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One thing to time: `call()` makes `items` of `unit`."""
+
+    unit: str
+    items: int
+    call: Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -45,42 +56,40 @@ class Speed:
         return asdict(self)
 
 
-def compare_backends(
-    pipe: UniF2acePipeline,
-    backends: Sequence[str] = BACKENDS_COMPARED,
-    *,
-    faces: int = 8,
-    rounds: int = 3,
-    steps: int | None = None,
-    on_round: Callable[[int, int], None] | None = None,
-) -> list[Speed]:
-    """Faces/s (batches of `faces`, guidance as the model's default) and answers/s (four per face) of each back end.
+def load(name: str, device: torch.device | str | None = None) -> UniF2acePipeline:
+    """The pipeline to measure: as `UniF2acePipeline.from_pretrained`, or one of `RANDOM_MODELS`."""
+    if name not in RANDOM_MODELS:
+        return UniF2acePipeline.from_pretrained(name, device=device)
+    from unif2ace.model.transformer import UniF2ace
 
-    Drives `pipe`, which must have been loaded with `backend="auto"`. on_round(done, total) follows the rounds.
-    """
+    pipe = UniF2acePipeline.from_pretrained("avatars-tiny", device=device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = UniF2ace(preset(RANDOM_MODELS[name])).to(pipe.device, pipe.dtype).eval()
+    return UniF2acePipeline(dataclasses.replace(pipe.parts, model=model))
+
+
+def drawing(pipe: UniF2acePipeline, faces: int = 8, steps: int | None = None) -> Workload:
+    """Draw a batch of faces, with the model's guidance and, unless told otherwise, its number of steps."""
+    prompts = [PROMPTS[index % len(PROMPTS)] for index in range(faces)]
+    return Workload("faces", faces, lambda: pipe.generate(prompts, steps=steps, batch_size=faces))
+
+
+def answering(pipe: UniF2acePipeline, faces: int = 8) -> Workload:
+    """Answer four questions about each of a batch of faces."""
     prompts = [PROMPTS[index % len(PROMPTS)] for index in range(faces)]
     images = [image for image in pipe.generate(prompts, steps=1) for _ in QUESTIONS]
     questions = list(QUESTIONS) * faces
-    work = {
-        "faces/s": (faces, lambda: pipe.generate(prompts, steps=steps, batch_size=faces)),
-        "answers/s": (len(images), lambda: pipe.answer(images, questions, batch_size=len(images))),
-    }
-    return _interleave(pipe, work, backends, rounds, on_round)
+    return Workload("answers", len(images), lambda: pipe.answer(images, questions, batch_size=len(images)))
 
 
-def compare_training(
-    pipe: UniF2acePipeline,
-    backends: Sequence[str] = BACKENDS_COMPARED,
-    *,
-    rounds: int = 5,
-    on_round: Callable[[int, int], None] | None = None,
-) -> list[Speed]:
-    """Steps/s and tokens/s of training on a mixed batch (24 faces drawn, 10 asked about): forward, backward, update."""
+def training(pipe: UniF2acePipeline, sequences: tuple[int, int] = TRAINING_SEQUENCES) -> Workload:
+    """One step on a mixed batch (so many faces drawn, so many asked about): forward, backward, update."""
     from unif2ace.training.batches import MixedBatches, TokenizedFaces
     from unif2ace.training.muon import MuonAdamW
     from unif2ace.training.objective import ObjectiveSettings, training_losses
 
-    generation, understanding = TRAINING_SEQUENCES
+    generation, understanding = sequences
     table = held_out_faces(generation + understanding, size=pipe.image_size)
     batches = MixedBatches(
         TokenizedFaces(table, *(pipe.read_images(table.images))),
@@ -100,41 +109,72 @@ def compare_training(
         training_losses(model, batch, ObjectiveSettings())["loss"].backward()
         optimizer.step()
 
-    work = {"steps/s": (1, step)}
-    speeds = _interleave(pipe, work, backends, rounds, on_round)
-    tokens = batch.packed.layout.num_rows
-    return [Speed(s.backend, {**s.rates, "tokens/s": s.rates["steps/s"] * tokens}, s.ops) for s in speeds]
+    return Workload("tokens", batch.packed.layout.num_rows, step)
 
 
-def _interleave(
+def on_backend(backend: str, workload: Workload) -> Callable[[], object]:
+    """The workload's call with every op on `backend`."""
+
+    def call() -> object:
+        with use_backend(backend):
+            return workload.call()
+
+    return call
+
+
+def compare_backends(
     pipe: UniF2acePipeline,
-    work: dict[str, tuple[int, Callable[[], object]]],
-    backends: Sequence[str],
-    rounds: int,
-    on_round: Callable[[int, int], None] | None,
+    workloads: Sequence[Workload],
+    backends: Sequence[str] = BACKENDS_COMPARED,
+    *,
+    rounds: int = 3,
+    on_round: Callable[[int, int], None] | None = None,
 ) -> list[Speed]:
-    """Time every (items, call) of `work` on every back end, `rounds` times after one untimed round."""
-    if pipe.backend != "auto":
-        raise UserError(f"speed: expected a pipeline with backend='auto', got {pipe.backend!r}")
-    seconds: dict[tuple[str, str], list[float]] = {(backend, kind): [] for backend in backends for kind in work}
+    """Items per second of every workload on every back end: medians over `rounds`, after one untimed round.
+
+    Drives `pipe`, which must have been loaded with `backend="auto"`. on_round(done, total) follows the rounds. Raises
+    `UserError` for a back end that cannot run the model here.
+    """
+    check_backends(pipe, backends)
+    seconds: dict[tuple[str, str], list[float]] = {(b, workload.unit): [] for b in backends for workload in workloads}
     for number in range(rounds + 1):
         for backend in backends:
-            with use_backend(backend):
-                for kind, (_, call) in work.items():
-                    started = time.perf_counter()
-                    call()
-                    if pipe.device.type == "cuda":
-                        torch.cuda.synchronize()
-                    if number:
-                        seconds[backend, kind].append(time.perf_counter() - started)
+            for workload in workloads:
+                started = time.perf_counter()
+                on_backend(backend, workload)()
+                if pipe.device.type == "cuda":
+                    torch.cuda.synchronize()
+                if number:
+                    seconds[backend, workload.unit].append(time.perf_counter() - started)
         if on_round is not None:
             on_round(number + 1, rounds + 1)
     speeds = []
     for backend in backends:
-        rates = {kind: items / statistics.median(seconds[backend, kind]) for kind, (items, _) in work.items()}
+        rates = {f"{w.unit}/s": w.items / statistics.median(seconds[backend, w.unit]) for w in workloads}
         with use_backend(backend):
             speeds.append(Speed(backend, rates, pipe.backends()))
     return speeds
+
+
+def trace_backends(pipe: UniF2acePipeline, workloads: Sequence[Workload], backends: Sequence[str], path: str) -> None:
+    """Write a Chrome trace with one run of every workload on every back end. Raises as `compare_backends` does."""
+    check_backends(pipe, backends)
+    events: list[tracing.Event] = []
+    for backend in backends:
+        for workload in workloads:
+            call = on_backend(backend, workload)
+            call()  # what a first call loads and compiles is not worth looking at
+            events += tracing.trace_call(call, f"{workload.unit}: {backend}")
+    tracing.write_trace(path, events)
+
+
+def check_backends(pipe: UniF2acePipeline, backends: Sequence[str]) -> None:
+    """`UserError` where a back end is unknown or cannot run the model, or the pipeline is bound to another."""
+    if pipe.backend != "auto":
+        raise UserError(f"speed: expected a pipeline with backend='auto', got {pipe.backend!r}")
+    for backend in backends:
+        for op in OPS:
+            _registry.choose(op, backend, pipe.device, pipe.dtype)
 
 
 def speed_table(speeds: Sequence[Speed]) -> str:
@@ -148,37 +188,3 @@ def speed_table(speeds: Sequence[Speed]) -> str:
         fast = ", ".join(f"{op} ({backend})" for op, backend in speed.ops.items() if backend != "reference")
         lines.append(f"{speed.backend:<11}{rates}   {ratios:<14}{fast or 'none'}")
     return "\n".join(lines)
-
-
-def bench_op(op: str, device: str, as_json: bool) -> None:
-    """Run the repository's benchmark of one op (`benchmarks/bench_<op>.py`, pytest-benchmark) and print its table.
-
-    Raises `UserError` outside a checkout, for an op without a benchmark, and where its correctness gate fails.
-    """
-    root = Path(__file__).resolve().parents[2]
-    known = sorted(path.stem.removeprefix("bench_") for path in (root / "benchmarks").glob("bench_*.py"))
-    if op not in known:
-        hint = "" if known else "; ops are timed in a checkout of the repository only"
-        raise UserError(f"bench: expected one of {', '.join(['generate', 'train', *known])}, got {op!r}{hint}")
-    try:
-        pytest = importlib.import_module("pytest")
-        importlib.import_module("pytest_benchmark")
-    except ImportError as error:
-        raise UserError("bench: timing an op needs pytest-benchmark: pip install pytest-benchmark") from error
-    if str(root) not in sys.path:
-        sys.path.insert(0, str(root))
-    report = importlib.import_module("benchmarks.report")
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / f"{op}.json"
-        target = [str(root / "benchmarks" / f"bench_{op}.py"), f"--rootdir={root}", "-p", "no:cacheprovider"]
-        collect = ["-o", "python_files=bench_*.py", "-o", "python_functions=bench_*", "--benchmark-quiet", "-q"]
-        chosen = ["-k", report.SHORT, f"--device={device}", f"--benchmark-json={path}"]
-        with contextlib.redirect_stdout(sys.stderr):  # pytest's own lines are progress, the table is the result
-            status = pytest.main([*target, *collect, *chosen])
-        if status != pytest.ExitCode.OK:
-            raise UserError(f"bench: the benchmark of {op} failed (pytest status {int(status)}), see above")
-        if as_json:
-            results = [entry["extra_info"] for entry in json.loads(path.read_text())["benchmarks"]]
-            print(json.dumps({"what": op, "results": results}, indent=2))
-        else:
-            print(report.table(path))

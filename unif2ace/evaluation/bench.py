@@ -1,0 +1,70 @@
+"""`unif2ace bench OP`: the repository's own benchmark of one op, for users of a checkout.
+
+`benchmarks/` is no part of the installed package, so it is imported when asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from unif2ace.errors import UserError
+from unif2ace.ops import BACKENDS, _registry
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def bench_op(
+    op: str,
+    *,
+    device: str = "cpu",
+    shapes: Sequence[str] = (),
+    backends: Sequence[str] = (),
+    threads: int | None = None,
+    as_json: bool = False,
+    trace: str | None = None,
+) -> None:
+    """Run `benchmarks/bench_<op>.py` and print its table, or with `as_json` one object.
+
+    Args:
+        op: name of the file. device: "cpu" or "cuda".
+        shapes: names in `benchmarks/shapes.py`; none takes the short list.
+        backends: some of ours, "peers" for the others'; none takes all that run here. The reference always runs.
+        trace: write a Chrome trace with one call of every variant there.
+
+    Raises `UserError` outside a checkout, for names that are not known or cannot run, and, after the table, where a
+    variant failed its correctness gate.
+    """
+    known = sorted(path.stem.removeprefix("bench_") for path in (ROOT / "benchmarks").glob("bench_*.py"))
+    if op not in known:
+        hint = "" if known else "; ops are timed in a checkout of the repository only"
+        raise UserError(f"bench: expected one of {', '.join(['generate', 'train', *known])}, got {op!r}{hint}")
+    for backend in backends:
+        if backend not in (*BACKENDS, "peers"):
+            raise UserError(f"bench: expected back ends among {', '.join(BACKENDS)}, peers; got {backend!r}")
+        if backend in BACKENDS and importlib.util.find_spec(f"unif2ace.ops.{op}") is not None:
+            _registry.choose(op, backend, torch.device(device))
+    try:
+        importlib.import_module("pytest_benchmark")
+    except ImportError as error:
+        raise UserError("bench: timing an op needs pytest-benchmark: pip install pytest-benchmark") from error
+    if str(ROOT) not in sys.path:
+        sys.path.insert(0, str(ROOT))
+    run, report = (importlib.import_module(f"benchmarks.{name}") for name in ("run", "report"))
+    selection = run.Selection([op], device, shapes=shapes, backends=backends, threads=threads, trace_file=trace)
+    with tempfile.TemporaryDirectory() as folder:
+        record = run.run(selection, Path(folder) / f"{op}.json")
+    if as_json:
+        found = [result.info for result in report.results(record)]
+        print(json.dumps({"what": op, "results": found, "red": record["red"]}, indent=2))
+    else:
+        print(report.table(record))
+    if record["red"]:
+        raise UserError(f"bench: {len(record['red'])} of the benchmarks of {op} failed: {record['red'][0]['reason']}")
