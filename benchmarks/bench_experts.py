@@ -7,8 +7,9 @@ streams weights: read GB/s. Training multiplies: read TFLOP/s. The *dense ceilin
 T*K rows, so of the same FLOPs, without routing, gather, activation or combination; once through torch's `linear` (MKL
 in float32), once through oneDNN, which is the faster one on AMD processors.
 
-Loads: "balanced" is Gaussian router logits; "skewed" makes every second token prefer expert 0, which then holds more
-than half of the tokens.
+Cases: router logits are Gaussian, so loads are balanced; "skewed" makes every second token prefer expert 0, which then
+holds more than half of the tokens. "cold" decodes with caches that other weights went through, as in a model of many
+layers; without it small experts stay in the cache from one call to the next.
 
 Goals on two CPU cores, native: shape "laptop-1024" forward 0.85x of the dense ceiling's speed in float32 and 0.8x in
 bfloat16; against transformers' eager loop and grouped_mm 1.5x in float32 and 5x in bfloat16, forward + backward 1.5x;
@@ -28,14 +29,15 @@ from benchmarks import peers, shapes
 from benchmarks.problems import Problem, each_direction, each_dtype, each_size
 from unif2ace.ops import RoutingPlan, expert_mlp, grouped_gemm, route
 
+DECODE_TOKENS = 64
 CEILING_ROWS = 16  # per expert; below, products stream weights and one dense pair would stream too few of them
 BATCHED_BYTES = 2**29  # transformers' batched_mm copies the weights of an expert for every slot; more is no contest
 
 
-def make_plan(shape: shapes.ExpertShape, load: str, device: str) -> RoutingPlan:
+def make_plan(shape: shapes.ExpertShape, skewed: bool, device: str) -> RoutingPlan:
     """The routing of `shape.tokens` random tokens."""
     logits = torch.randn(shape.tokens, shape.experts, generator=torch.Generator().manual_seed(0))
-    if load == "skewed":
+    if skewed:
         logits[::2, 0] += 8.0  # every second token; a quarter of the others chooses expert 0 of 16 by chance
     return route(logits.to(device), shape.top_k, backend="reference")
 
@@ -101,25 +103,30 @@ def bytes_moved(shape: shapes.ExpertShape, plan: RoutingPlan, inputs: dict[str, 
     return forward + 3 * x.nbytes + used + 2 * pre_activation + w_up.nbytes + w_down.nbytes
 
 
+def cases() -> list[tuple[str, str]]:
+    """(shape, case): nobody trains on a handful of tokens, and only their weights can be cached between two calls."""
+    many, few = ("forward", "forward skewed", "forward+backward"), ("forward", "forward cold")
+    return [(name, case) for name, s in shapes.EXPERTS.items() for case in (few if s.tokens <= DECODE_TOKENS else many)]
+
+
 @each_dtype
-@each_direction
-@pytest.mark.parametrize("load", ["balanced", "skewed"])
-@each_size(shapes.EXPERTS)
+@pytest.mark.parametrize(("shape", "case"), cases())
 def bench_expert_mlp(
-    shape: str, load: str, direction: str, dtype: torch.dtype, device: str, backends: Callable, compare: Callable
+    shape: str, case: str, dtype: torch.dtype, device: str, backends: Callable, compare: Callable
 ) -> None:
-    size = shapes.EXPERTS[shape]
-    plan = make_plan(size, load, device)
+    size, direction = shapes.EXPERTS[shape], case.split()[0]
+    plan = make_plan(size, "skewed" in case, device)
     problem = make_problem(size, plan, dtype, device, backends("experts", dtype))
     compare(
         problem.variants(direction),
         baseline="reference",
         op="expert_mlp",
         shape=shape,
-        case=direction if load == "balanced" else f"{direction} {load}",
+        case=case,
         dtype=dtype,
         flops=size.flops * (1 if direction == "forward" else 3),
         bytes=bytes_moved(size, plan, problem.inputs, direction),
+        cold="cold" in case,
         gate=problem.gate(direction),
         notes=peers.absent("experts", device),
     )
@@ -133,7 +140,7 @@ def bench_grouped_gemm(
 ) -> None:
     """The up projection alone, rows sorted already."""
     size = shapes.EXPERTS[shape]
-    offsets = make_plan(size, "balanced", device).offsets
+    offsets = make_plan(size, False, device).offsets
     generator = torch.Generator().manual_seed(1)
     a = torch.randn(size.tokens * size.top_k, size.hidden, generator=generator)
     b = torch.randn(size.experts, size.up_rows, size.hidden, generator=generator) * size.hidden**-0.5

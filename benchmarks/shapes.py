@@ -100,6 +100,17 @@ class AttentionShape:
     head_dim: int
 
 
+@dataclass(frozen=True)
+class ModelShape:
+    """How much a whole model does in one call: faces drawn in `steps` steps, or asked about (four questions each), and
+    (generation, understanding) sequences of a training step.
+    """
+
+    faces: int
+    steps: int
+    sequences: tuple[int, int]
+
+
 ROUTING = {
     "decode-1": RoutingShape(1, (0, 8, 16), 4),
     "decode-64": RoutingShape(64, (0, 8, 16), 4),
@@ -190,6 +201,11 @@ ATTENTION_SMALL = {
     "primes": AttentionShape(3, 11, 19, 3, 24),
 }
 
+MODELS = {
+    "avatars-tiny": ModelShape(4, 6, (12, 5)),
+    "random-100m": ModelShape(2, 3, (12, 5)),
+}
+
 # What `make bench` runs, by benchmark file: on two cores all of it has to end within three minutes.
 SHORT = {
     "routing": ("decode-64", "train"),
@@ -198,6 +214,7 @@ SHORT = {
     "sampling": ("laptop-512",),
     "diffusion_loss": ("laptop-2048",),
     "omni_attention": ("laptop",),
+    "e2e": ("avatars-tiny",),
 }
 
 
