@@ -12,7 +12,7 @@ CXX_FOUND := $(firstword $(shell command -v $(CXX) c++ g++ clang++))
 STAMP := $(VENV)/.stamp-$(if $(CXX_FOUND),compiled,python-only)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all lint format bench gpu clean
+.PHONY: help venv demo test test-all lint format bench compare gpu clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -58,12 +58,16 @@ format: venv ## rewrite files in the project's style
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(filter %.h %.cpp %.cu %.cuh,$(CSRC))
 
-bench: venv ## benchmark the back ends against the reference on this machine, in short
-	$(BIN)/python -m benchmarks.report --run
+bench: venv ## check and time the back ends against the reference on this machine: one table, under three minutes
+	@$(BIN)/python -m benchmarks.run
+
+BASE ?= main
+compare: venv ## time this checkout against another revision: make compare BASE=main (OPS="routing experts" for some)
+	@$(BIN)/python -m benchmarks.compare $(BASE) $(OPS)
 
 gpu: venv ## on a machine with a CUDA device: all tests, then the benchmarks, on the device
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
-	  $(BIN)/python -m pytest -q && $(BIN)/python -m benchmarks.report --run --device cuda; \
+	  $(BIN)/python -m pytest -q && $(BIN)/python -m benchmarks.run --device cuda --full; \
 	else \
 	  echo "unif2ace: no CUDA device here (torch.cuda.is_available() is False): nothing was run"; \
 	fi

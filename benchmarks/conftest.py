@@ -175,12 +175,11 @@ def compare(request, benchmark, device, clocks, ceilings, facts, trace) -> Calla
                     raise AssertionError(f"{name} is wrong: {error}") from error
         clock = clocks[cold]
         timings = benchmark.pedantic(timing.interleave, args=(variants, clock), rounds=1, iterations=1)
-        peaks = {}
+        tracing_asked, peaks = request.config.getoption("--trace-file") is not None, {}
         for name, call in variants.items():
-            events = []
-            if device == "cpu" or request.config.getoption("--trace-file") is not None:
+            if device == "cpu" or tracing_asked:
                 events = tracing.trace_call(call, f"{op} {shape} {case} {dtype_name or ''}: {name}")
-                trace.extend(events)
+                trace.extend(events if tracing_asked else ())
             peaks[name] = tracing.cuda_peak_bytes(call) if device == "cuda" else tracing.peak_bytes(events)
         floor = ceilings.seconds(bytes, flops, dtype)
         benchmark.extra_info.update(

@@ -16,9 +16,11 @@ TITLES = (
     "op", "shape", "case", "dtype", "caches", "variant", "time", "GB/s", "TFLOP/s", "% roof", "peak mem", "spread",
     "speed",
 )  # fmt: skip
-RIGHT = {"time", "GB/s", "TFLOP/s", "% roof", "peak mem", "spread", "speed", "forward", "forward+backward", "best peer"}
+RIGHT = {"time", "GB/s", "TFLOP/s", "% roof", "peak mem", "spread", "speed"}
 DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 OURS = ("native", "triton", "auto")
+DIRECTIONS = ("forward", "forward+backward")
+CEILING = "ceiling"  # "ceiling: ...": something else of equal FLOPs, which no implementation of the op can beat
 
 
 @dataclass(frozen=True)
@@ -169,36 +171,34 @@ def readme(record: dict) -> str:
     groups: dict[tuple[str, str, str], dict[str, Result]] = {}
     for result in found:
         op, shape, case, dtype = result.key
-        groups.setdefault((op, shape, dtype), {})[case] = result
-    titles = ("op", "shape", "dtype", "back end", "forward", "forward+backward", "best peer")
+        direction, _, variation = case.partition(" ")  # "forward skewed"
+        groups.setdefault((op, f"{shape} {variation}".strip(), dtype), {})[direction] = result
+    titles = ("op", "shape", "dtype", "back end", *DIRECTIONS)
     rows = []
-    for (op, shape, dtype), cases in groups.items():
-        ours = [name for name in OURS if any(name in result.seconds for result in cases.values())]
-        for name in ours:
-            cells = [_against_baseline(cases.get(case), name) for case in ("forward", "forward+backward")]
+    for key, cases in groups.items():
+        for name in OURS:
+            cells = [_against(cases.get(direction), name) for direction in DIRECTIONS]
             if any(cells):
-                rows.append([op, shape, dtype, name, *cells, _against_peers(cases, name)])
-    where = heading(found)[:1]
-    return "\n".join(
-        [*where, "(time, and speed against the reference in the same interleaved run)", "", *markdown(titles, rows)]
-    )
+                rows.append([*key, name, *cells])
+    order = list(dict.fromkeys(row[0] for row in rows))
+    rows.sort(key=lambda row: order.index(row[0]))
+    lines = [
+        *heading(found)[:1],
+        "Time; speed against the reference; speed against the fastest peer. One interleaved run.",
+    ]
+    return "\n".join([*lines, "", *markdown(titles, rows)])
 
 
-def _against_baseline(result: Result | None, name: str) -> str:
+def _against(result: Result | None, name: str) -> str:
+    """ "12 ms, **2.1x**, 1.4x torch: grouped_mm", or "" where it was not timed."""
     if result is None or name not in result.seconds:
         return ""
-    return f"{duration(result.seconds[name])}, **{result.speed(name):.1f}x**"
-
-
-def _against_peers(cases: dict[str, Result], name: str) -> str:
-    """Speed against the fastest variant that is not ours, per case."""
-    found = []
-    for case, result in cases.items():
-        peers = [peer for peer in result.seconds if peer not in (*OURS, result.baseline)]
-        if peers and name in result.seconds:
-            best = min(peers, key=result.seconds.get)
-            found.append(f"{result.seconds[best] / result.seconds[name]:.1f}x {best} ({case})")
-    return "; ".join(found)
+    cell = f"{duration(result.seconds[name])}, **{result.speed(name):.1f}x**"
+    peers = [peer for peer in result.seconds if ":" in peer and not peer.startswith(CEILING)]
+    if peers:
+        best = min(peers, key=result.seconds.get)
+        cell += f", {result.seconds[best] / result.seconds[name]:.1f}x {best}"
+    return cell
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -58,6 +58,10 @@ class Watch:
     failures: list[dict[str, object]] = field(default_factory=list)
     done: int = 0
     total: int = 0
+    interrupted: bool = False
+
+    def pytest_keyboard_interrupt(self) -> None:
+        self.interrupted = True
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         self.total = len(session.items)
@@ -112,9 +116,10 @@ def run(selection: Selection, path: Path) -> dict[str, object]:
         f"--rootdir={FOLDER.parent}",
     ]
     collect = ["-o", "python_files=bench_*.py", "-o", "python_functions=bench_*", "--import-mode=importlib"]
+    collect.append("--continue-on-collection-errors")
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         status = pytest.main([*selection.arguments(), *quiet, *collect, f"--benchmark-json={path}"], plugins=[watch])
-    if status == pytest.ExitCode.INTERRUPTED and not watch.failures:
+    if watch.interrupted:
         raise KeyboardInterrupt
     if status == pytest.ExitCode.USAGE_ERROR:
         raise UserError(output.getvalue().strip().splitlines()[-1].removeprefix("ERROR: "))
@@ -156,6 +161,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (UserError, RuntimeError) as error:
         print(error, file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("benchmarks: interrupted", file=sys.stderr)
+        return 130
     print(report.table(record))
     print(f"record: {path}")
     return 1 if record["red"] else 0

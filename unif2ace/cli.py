@@ -184,17 +184,15 @@ def build_parser() -> argparse.ArgumentParser:
         "bench",
         "Time back ends against each other in one interleaved run.",
         "unif2ace bench                                            # faces and answers per second",
-        "unif2ace bench generate --model random-100m --faces 2 --steps 4   # where matrix products dominate",
+        "unif2ace bench generate --model random-100m               # where matrix products dominate",
         "unif2ace bench train --backends reference,native          # training tokens per second",
         "unif2ace bench routing --shapes train,decode-64           # one op, in a checkout of the repository",
-        "unif2ace bench experts --backends native --trace trace.json   # look at it in chrome://tracing",
+        "unif2ace bench experts --backends native --trace t.json   # look at it in chrome://tracing",
     )
     bench.add_argument(
         "what", nargs="?", default="generate", help="generate, train or the name of an op (default: %(default)s)"
     )
-    bench.add_argument(
-        "--faces", type=_positive, default=16, metavar="N", help="faces in a batch (default: %(default)s)"
-    )
+    bench.add_argument("--faces", type=_positive, metavar="N", help="faces in a batch (default: 16; random-100m: 2)")
     bench.add_argument("--steps", type=_positive, metavar="T", help="denoising steps of a face (default: the model's)")
     bench.add_argument(
         "--rounds", type=_positive, default=5, metavar="N", help="measurements per back end (default: %(default)s)"

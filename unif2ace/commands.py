@@ -199,10 +199,12 @@ def bench(options: argparse.Namespace) -> None:
     pipe = speed.load(options.model, options.device)
     backends = options.backends or speed.BACKENDS_COMPARED
     speed.check_backends(pipe, backends)
+    size = speed.size_of(options.model)
     if options.what == "generate":
-        work = [speed.drawing(pipe, options.faces, options.steps), speed.answering(pipe, options.faces)]
+        faces = options.faces or size.faces
+        work = [speed.drawing(pipe, faces, options.steps), speed.answering(pipe, faces)]
     else:
-        work = [speed.training(pipe)]
+        work = [speed.training(pipe, size.sequences)]
     progress = _progress("measuring", "round")
     speeds = speed.compare_backends(pipe, work, backends, rounds=options.rounds, on_round=progress)
     if options.trace is not None:

@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,7 +32,17 @@ BACKENDS_COMPARED = ("reference", "auto")
 RANDOM_MODELS = {"random-100m": "avatars-100m"}  # name -> preset; tokenizer, codec and encoders are avatars-tiny's
 PROMPTS = ("a smiling person with red hair", "a fair face, wearing round glasses, in a blue hoodie")
 QUESTIONS = ("What color is the hair?", "What is the mouth doing?", "What eyewear is worn?", "What clothing is worn?")
-TRAINING_SEQUENCES = (24, 10)  # generation and understanding sequences in a step, as in recipes/avatars-tiny.toml
+
+
+class Size(NamedTuple):
+    """How much one call works on: faces drawn or asked about; (generation, understanding) sequences of a step."""
+
+    faces: int
+    sequences: tuple[int, int]
+
+
+TRAINED_SIZE = Size(16, (24, 10))  # sequences as in recipes/avatars-tiny.toml
+RANDOM_SIZE = Size(2, (6, 2))  # keeps `unif2ace bench` below a minute on two cores
 
 
 @dataclass(frozen=True)
@@ -66,7 +77,14 @@ def load(name: str, device: torch.device | str | None = None) -> UniF2acePipelin
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = UniF2ace(preset(RANDOM_MODELS[name])).to(pipe.device, pipe.dtype).eval()
-    return UniF2acePipeline(dataclasses.replace(pipe.parts, model=model))
+    # Random weights end no answer, so its length is set.
+    defaults = pipe.defaults.override(steps=4, max_new_tokens=8)
+    return UniF2acePipeline(dataclasses.replace(pipe.parts, model=model, defaults=defaults))
+
+
+def size_of(name: str) -> Size:
+    """How much to give the model `name` at once."""
+    return RANDOM_SIZE if name in RANDOM_MODELS else TRAINED_SIZE
 
 
 def drawing(pipe: UniF2acePipeline, faces: int = 8, steps: int | None = None) -> Workload:
@@ -83,7 +101,7 @@ def answering(pipe: UniF2acePipeline, faces: int = 8) -> Workload:
     return Workload("answers", len(images), lambda: pipe.answer(images, questions, batch_size=len(images)))
 
 
-def training(pipe: UniF2acePipeline, sequences: tuple[int, int] = TRAINING_SEQUENCES) -> Workload:
+def training(pipe: UniF2acePipeline, sequences: tuple[int, int] = TRAINED_SIZE.sequences) -> Workload:
     """One step on a mixed batch (so many faces drawn, so many asked about): forward, backward, update."""
     from unif2ace.training.batches import MixedBatches, TokenizedFaces
     from unif2ace.training.muon import MuonAdamW
