@@ -4,9 +4,9 @@ Both revisions are measured with *this* checkout's ruler: BASE is checked out in
 built there, and the files of `RULER` replace its own. The other side is the working tree as it stands, built already.
 
 Each op is timed in processes of its own, base and head in turn: A B B A A B ... What drifts over minutes (temperature,
-neighbours) then meets both sides, and what differs from process to process (where memory lands) shows as spread. A row
-is flagged when the quartiles of all its rounds on one side lie outside those of the other and the medians differ by
-more than `NOISE`.
+neighbours) then meets both sides, and what differs from process to process (where memory lands) shows as scatter. A row
+is flagged when the sides differ by more than their own processes do among themselves, and by `NOISE` beyond that, and
+when the quartiles of their rounds do not overlap.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from benchmarks.machine import ROOT, commit
-from benchmarks.report import duration, markdown, results
+from benchmarks.report import duration, markdown, results, times
 from benchmarks.run import known_ops
 from benchmarks.timing import quartiles
 
@@ -40,35 +41,48 @@ Key = tuple[str, str, str, str, str, str]  # op, shape, case, dtype, caches, var
 
 @dataclass(frozen=True)
 class Change:
-    """One row: all rounds of both sides, in seconds."""
+    """One row: the rounds of each process on both sides, in seconds."""
 
     key: Key
-    old: tuple[float, ...]
-    new: tuple[float, ...]
+    old: tuple[tuple[float, ...], ...]
+    new: tuple[tuple[float, ...], ...]
+
+    @property
+    def medians(self) -> tuple[float, float]:
+        """Of all rounds, old and new."""
+        return statistics.median(chain(*self.old)), statistics.median(chain(*self.new))
 
     @property
     def speedup(self) -> float:
         """Above 1: the new side is faster."""
-        return statistics.median(self.old) / statistics.median(self.new)
+        old, new = self.medians
+        return old / new
+
+    @property
+    def scatter(self) -> float:
+        """Largest ratio between the medians of two processes of one side."""
+        sides = [[statistics.median(rounds) for rounds in side] for side in (self.old, self.new)]
+        return max(max(medians) / min(medians) for medians in sides)
 
     @property
     def verdict(self) -> str:
-        """ "faster", "slower", or "" where the difference drowns in the spread."""
-        (old_low, old_high), (new_low, new_high) = quartiles(self.old), quartiles(self.new)
-        if new_high < old_low and self.speedup > 1 + NOISE:
+        """ "faster", "slower", or "" where the difference drowns."""
+        (old_low, old_high), (new_low, new_high) = (quartiles(list(chain(*side))) for side in (self.old, self.new))
+        needed = self.scatter * (1 + NOISE)
+        if self.speedup > needed and new_high < old_low:
             return "faster"
-        if new_low > old_high and self.speedup < 1 / (1 + NOISE):
+        if self.speedup < 1 / needed and new_low > old_high:
             return "slower"
         return ""
 
 
-def rounds(records: Sequence[dict]) -> dict[Key, tuple[float, ...]]:
-    """All rounds of several records of one side, by row."""
-    found: dict[Key, tuple[float, ...]] = {}
+def rounds(records: Sequence[dict]) -> dict[Key, tuple[tuple[float, ...], ...]]:
+    """The rounds of every row, one tuple for each of the records of one side."""
+    found: dict[Key, tuple[tuple[float, ...], ...]] = {}
     for result in (result for record in records for result in results(record)):
         for variant, seconds in result.info["rounds"].items():
             key = (*result.key, result.info["cache"], variant)
-            found[key] = (*found.get(key, ()), *seconds)
+            found[key] = (*found.get(key, ()), tuple(seconds))
     return found
 
 
@@ -80,12 +94,9 @@ def changes(old: Sequence[dict], new: Sequence[dict]) -> list[Change]:
 
 def table(old: Sequence[dict], new: Sequence[dict]) -> str:
     """Markdown: old and new median, ratio and verdict of every row; then what only one side has, and red rows."""
-    titles = ("op", "shape", "case", "dtype", "caches", "variant", "old", "new", "speed", "")
+    titles = ("op", "shape", "case", "dtype", "caches", "variant", "old", "new", "speed", "scatter", "")
     found = changes(old, new)
-    rows = [
-        [*c.key, duration(statistics.median(c.old)), duration(statistics.median(c.new)), f"{c.speedup:.2f}x", c.verdict]
-        for c in found
-    ]
+    rows = [[*c.key, *map(duration, c.medians), times(c.speedup), times(c.scatter), c.verdict] for c in found]
     lines = markdown(titles, rows) if rows else ["no row was measured on both sides"]
     before, after = rounds(old), rounds(new)
     for side, keys in (("old", before.keys() - after.keys()), ("new", after.keys() - before.keys())):
@@ -94,7 +105,10 @@ def table(old: Sequence[dict], new: Sequence[dict]) -> str:
         red = {failure["test"]: failure["reason"] for record in records for failure in record.get("red", [])}
         lines += [f"RED {side}: {test}: {reason}" for test, reason in red.items()]
     slower, faster = (sum(c.verdict == word for c in found) for word in ("slower", "faster"))
-    lines.append(f"{len(found)} rows: {faster} faster, {slower} slower beyond the spread and {NOISE:.0%}")
+    lines.append(
+        f"{len(found)} rows: {faster} faster, {slower} slower (speed: old / new; scatter: processes of one side; "
+        f"flagged beyond scatter and {NOISE:.0%})"
+    )
     return "\n".join(lines)
 
 

@@ -7,7 +7,8 @@ of `shapes.SHORT`, those named by `--shapes`, or all with `--full`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import cache, partial
 
 import pytest
 import torch
@@ -81,7 +82,7 @@ def device(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def backends(request: pytest.FixtureRequest, device: str) -> Callable[[str, torch.dtype], list[str]]:
-    """backends(op, dtype): our those that run this op here and were asked for; the reference always, as baseline."""
+    """backends(op, dtype): the names of ours that run this op here and were asked for; the reference always."""
     wanted = request.config.getoption("--backends")
 
     def available(op: str, dtype: torch.dtype) -> list[str]:
@@ -104,15 +105,9 @@ def facts(device: str) -> dict[str, object]:
 
 
 @pytest.fixture(scope="session")
-def clocks(device: str) -> dict[bool, timing.Clock]:
-    """Warm (False) and cold (True) clock; each is made when first asked for, since a cold one holds a large buffer."""
-
-    class Clocks(dict):
-        def __missing__(self, cold: bool) -> timing.Clock:
-            self[cold] = timing.clock_for(device, cold)
-            return self[cold]
-
-    return Clocks()
+def clock_for(device: str) -> Callable[[bool], timing.Clock]:
+    """clock_for(cold); each is made once and when first asked for, since a cold one holds a large buffer."""
+    return cache(partial(timing.clock_for, device))
 
 
 @pytest.fixture(scope="session")
@@ -125,12 +120,21 @@ def trace(request: pytest.FixtureRequest) -> list[tracing.Event]:
         tracing.write_trace(path, events)
 
 
+def check(names: Iterable[str], gate: Callable[[str], None]) -> None:
+    """Let every variant through the gate; AssertionError with the name of the first that is wrong."""
+    for name in names:
+        try:
+            gate(name)
+        except AssertionError as error:
+            raise AssertionError(f"{name} is wrong: {error}") from error
+
+
 @pytest.fixture
-def compare(request, benchmark, device, clocks, ceilings, facts, trace) -> Callable[..., dict[str, timing.Timing]]:
+def compare(request, benchmark, device, clock_for, ceilings, facts, trace) -> Callable[..., dict[str, timing.Timing]]:
     """Check every variant, then time them against each other; the result goes into pytest-benchmark's JSON file.
 
-    pytest-benchmark keeps the record; the interleaved rounds of `timing` are the figures, since it would time one
-    variant after the other.
+    pytest-benchmark keeps the record. It would time one variant after the other, so the figures are those of the
+    interleaved rounds, under "extra_info"; its own "stats" time the comparison as a whole.
     """
 
     def run(
@@ -167,13 +171,9 @@ def compare(request, benchmark, device, clocks, ceilings, facts, trace) -> Calla
         dtype_name = None if dtype is None else str(dtype).removeprefix("torch.")
         what = {"op": op, "shape": shape, "case": case, "dtype": dtype_name}
         request.node.user_properties.append(("benchmark", what))  # names the row where it stays without figures
-        for name in variants:
-            if gate is not None and name != baseline:
-                try:
-                    gate(name)
-                except AssertionError as error:
-                    raise AssertionError(f"{name} is wrong: {error}") from error
-        clock = clocks[cold]
+        if gate is not None:
+            check((name for name in variants if name != baseline), gate)
+        clock = clock_for(cold)
         timings = benchmark.pedantic(timing.interleave, args=(variants, clock), rounds=1, iterations=1)
         tracing_asked, peaks = request.config.getoption("--trace-file") is not None, {}
         for name, call in variants.items():

@@ -153,7 +153,8 @@ def _color(name: str) -> str:
 def _label(result: Result) -> str:
     _, shape, case, dtype = result.key
     case = case.replace("forward+backward", "fwd+bwd").replace("forward", "fwd")
-    return ", ".join(filter(None, (shape, case, dtype, "cold" if result.info["cache"] == "cold" else "")))
+    cold = "cold" if result.info["cache"] == "cold" and "cold" not in case else ""
+    return ", ".join(filter(None, (shape, case, dtype, cold)))
 
 
 def roofline_chart(found: list[Result]) -> Figure | None:

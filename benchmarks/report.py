@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,10 @@ TITLES = (
     "op", "shape", "case", "dtype", "caches", "variant", "time", "GB/s", "TFLOP/s", "% roof", "peak mem", "spread",
     "speed",
 )  # fmt: skip
-RIGHT = {"time", "GB/s", "TFLOP/s", "% roof", "peak mem", "spread", "speed"}
+RIGHT = {"time", "GB/s", "TFLOP/s", "% roof", "peak mem", "spread", "speed", "scatter", "old", "new"}
 DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 OURS = ("native", "triton", "auto")
+BUSY = 0.25  # median spread; two idle cores give 3 to 8 %, with another program on them 20 to 100 %
 DIRECTIONS = ("forward", "forward+backward")
 CEILING = "ceiling"  # "ceiling: ...": something else of equal FLOPs, which no implementation of the op can beat
 
@@ -78,6 +80,12 @@ def table(record: dict) -> str:
     lines = [*heading(found), "", *markdown(TITLES, rows)]
     notes = {f"{r.info['op']} {name}: {text}": None for r in found for name, text in r.info.get("notes", {}).items()}
     lines += ["", *notes] if notes else []
+    spread = statistics.median(spread for r in found for spread in r.info["spread"].values()) if found else 0.0
+    if spread > BUSY:
+        lines += [
+            "",
+            f"The machine was busy: half of the rows spread by more than {spread:.0%}. Do not cite these figures.",
+        ]
     if red:
         lines += ["", f"RED, no figures ({len(red)}); `python -m pytest TEST` shows all of it:"]
         lines += [f"  {failure['test']}: {failure['reason']}" for failure in red]
@@ -121,7 +129,7 @@ def _cells(result: Result, variant: str) -> list[str]:
         "" if roof is None else f"{100 * roof[variant]:.0f}",
         memory(info["peak_bytes"][variant]),
         f"{100 * info['spread'][variant]:.0f} %",
-        "baseline" if variant == result.baseline else f"{result.speed(variant):.2f}x",
+        "baseline" if variant == result.baseline else times(result.speed(variant)),
     ]
 
 
@@ -144,6 +152,11 @@ def duration(seconds: float) -> str:
         if seconds >= size:
             return f"{_three_digits(seconds / size)} {unit}"
     return f"{_three_digits(seconds * 1e9)} ns"
+
+
+def times(ratio: float) -> str:
+    """ "2.10x"; without decimals from 100 on."""
+    return f"{ratio:.2f}x" if ratio < 99.5 else f"{ratio:.0f}x"
 
 
 def memory(amount: int) -> str:

@@ -16,6 +16,7 @@ import io
 import json
 import re
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,9 +27,16 @@ import torch
 from benchmarks import report
 from benchmarks.machine import ROOT
 from unif2ace.errors import UserError
-from unif2ace.files import write_text
+from unif2ace.files import check_folder, write_text
 
 FOLDER = ROOT / "benchmarks"
+# No caches, no tables: output is shown only where the suite cannot run. File and function names stand here as well as
+# in pyproject.toml because `benchmarks.compare` runs this file in older checkouts.
+PYTEST = [
+    *("-q", "--no-header", "--tb=short", "--benchmark-quiet", "-p", "no:cacheprovider"),
+    *("--import-mode=importlib", "--continue-on-collection-errors"),
+    *("-o", "python_files=bench_*.py", "-o", "python_functions=bench_*"),
+]
 
 
 @dataclass(frozen=True)
@@ -98,48 +106,34 @@ def known_ops() -> list[str]:
     return sorted(path.stem.removeprefix("bench_") for path in FOLDER.glob("bench_*.py"))
 
 
-def run(selection: Selection, path: Path) -> dict[str, object]:
-    """Run the selection; the record (pytest-benchmark's, with "red" beside "benchmarks"), also written to `path`.
+def run(selection: Selection) -> dict[str, object]:
+    """Run the selection; the record: pytest-benchmark's, with "red" beside "benchmarks".
 
     Raises `UserError` for names that select nothing, `RuntimeError` with pytest's output where the suite cannot run.
     """
     watch, output = Watch(), io.StringIO()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.unlink(missing_ok=True)
-    quiet = [
-        "-q",
-        "--no-header",
-        "--tb=short",
-        "--benchmark-quiet",
-        "-p",
-        "no:cacheprovider",
-        f"--rootdir={FOLDER.parent}",
-    ]
-    collect = ["-o", "python_files=bench_*.py", "-o", "python_functions=bench_*", "--import-mode=importlib"]
-    collect.append("--continue-on-collection-errors")
-    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-        status = pytest.main([*selection.arguments(), *quiet, *collect, f"--benchmark-json={path}"], plugins=[watch])
-    if watch.interrupted:
-        raise KeyboardInterrupt
-    if status == pytest.ExitCode.USAGE_ERROR:
-        raise UserError(output.getvalue().strip().splitlines()[-1].removeprefix("ERROR: "))
-    if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.INTERRUPTED):
-        raise RuntimeError(output.getvalue())
-    record = json.loads(path.read_text()) if path.is_file() and path.stat().st_size else {"benchmarks": []}
-    record["red"] = watch.failures
-    write_text(path, json.dumps(record, indent=1))
-    return record
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "record.json"
+        arguments = [*selection.arguments(), *PYTEST, f"--rootdir={FOLDER.parent}", f"--benchmark-json={path}"]
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+            status = pytest.main(arguments, plugins=[watch])
+        if watch.interrupted:
+            raise KeyboardInterrupt
+        if status == pytest.ExitCode.USAGE_ERROR:
+            raise UserError(output.getvalue().strip().splitlines()[-1].removeprefix("ERROR: "))
+        if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.INTERRUPTED):
+            raise RuntimeError(output.getvalue())
+        record = json.loads(path.read_text()) if path.is_file() else {}  # no file where nothing was timed
+    return {"benchmarks": [], **record, "red": watch.failures}
 
 
-def default_path(device: str, keep: str | None) -> Path:
-    """Where the record of a whole run belongs."""
-    date = datetime.date.today().isoformat()
-    if device == "cuda":
-        name = keep or re.sub(r"\W+", "-", torch.cuda.get_device_name()).strip("-").lower()
-        return FOLDER / "results" / f"{name}-{date}.json"
-    if keep is not None:
-        return FOLDER / "results" / f"cpu-{keep}-{date}.json"
-    return ROOT / "out" / "bench" / f"cpu-{date}.json"
+def default_path(selection: Selection, keep: str | None) -> Path:
+    """Where the record of a run belongs; that of some ops does not replace that of all."""
+    gpu = selection.device == "cuda"
+    name = keep or "-".join(selection.ops)
+    device = re.sub(r"\W+", "-", torch.cuda.get_device_name()).strip("-").lower() if gpu else "cpu"
+    folder = FOLDER / "results" if gpu or keep is not None else ROOT / "out" / "bench"
+    return folder / f"{'-'.join(filter(None, (device, name)))}-{datetime.date.today().isoformat()}.json"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -154,10 +148,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for op in options.ops:
         if op not in known_ops():
             parser.error(f"expected one of {', '.join(known_ops())}, got {op!r}")
-    path = options.out or default_path(options.device, options.keep)
     selection = Selection(options.ops, options.device, options.full, threads=options.threads)
+    path = options.out or default_path(selection, options.keep)
     try:
-        record = run(selection, path)
+        check_folder(path.parent)
+        record = run(selection)
+        write_text(path, json.dumps(record, indent=1))
     except (UserError, RuntimeError) as error:
         print(error, file=sys.stderr)
         return 2

@@ -36,9 +36,14 @@ DEFAULT_CACHE_BYTES = 32 * 2**20
 
 
 class Clock(Protocol):
-    """How calls are timed on one kind of device; `cold` says whether caches are flushed before every call."""
+    """How calls are timed on one kind of device.
+
+    `cold` says whether caches are flushed before every call, `overhead` how many seconds that takes: where it dwarfs
+    the call, a measurement does not repeat it.
+    """
 
     cold: bool
+    overhead: float
 
     def prepare(self, call: Call) -> tuple[Call, str]:
         """What to time for `call`, and by which method ("wall clock", "graph replay" or "events")."""
@@ -54,6 +59,10 @@ class CpuClock:
         self.cold = cold
         # Twice the cache, and read as well as written: whatever the replacement policy, nothing older survives.
         self.evict = torch.zeros(2 * cache_bytes() // 4) if cold else None
+        start = time.perf_counter()
+        if cold:
+            self.evict.add_(1.0)
+        self.overhead = time.perf_counter() - start
 
     def prepare(self, call: Call) -> tuple[Call, str]:
         return call, "wall clock"
@@ -81,6 +90,7 @@ class CudaClock:
     """
 
     cold = True
+    overhead = 0.0  # 0.1 ms, in which the host enqueues the call
 
     def __init__(self, cuda: ModuleType = torch.cuda, flush: Call | None = None) -> None:
         self.cuda = cuda
@@ -178,4 +188,4 @@ def interleave(variants: dict[str, Call], clock: Clock, budget: float = BUDGET) 
 def _calibrate(call: Call, clock: Clock) -> int:
     """Calls per measurement. The first call compiles, allocates and fills caches; the second is the estimate."""
     clock.seconds(call, 1)
-    return max(1, round(MIN_SECONDS / max(clock.seconds(call, 1), 1e-9)))
+    return max(1, round(MIN_SECONDS / max(clock.seconds(call, 1) + clock.overhead, 1e-9)))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.tiny import SIZE, TOKENS, tiny_pipeline
+from unif2ace.config import preset
 from unif2ace.data.attributes import ATTRIBUTES
 from unif2ace.data.avatars import split_of
 from unif2ace.data.language import full_caption
@@ -168,3 +169,14 @@ def test_what_cannot_be_compared_is_refused():
         speed.compare_backends(pipe, [])
     with pytest.raises(UserError, match="unknown back end 'magic'; expected one of auto, reference, native, triton"):
         speed.compare_backends(tiny_pipeline(), [], ["magic"])
+
+
+def test_a_random_model_stands_between_the_parts_of_the_bundled_one(monkeypatch):
+    monkeypatch.setitem(speed.RANDOM_MODELS, "random-tiny", "avatars-tiny")
+    bundled, pipe = speed.load("avatars-tiny", "cpu"), speed.load("random-tiny", "cpu")
+    assert pipe.model.config == bundled.model.config
+    assert not torch.equal(pipe.model.head.weight, bundled.model.head.weight)
+    assert torch.equal(pipe.model.head.weight, speed.load("random-tiny", "cpu").model.head.weight)
+    assert len(pipe.generate("a face", steps=1)) == 1
+    assert speed.size_of("random-tiny") == speed.RANDOM_SIZE != speed.size_of("avatars-tiny")
+    assert preset(speed.RANDOM_MODELS["random-100m"]).num_parameters() == pytest.approx(1e8, rel=0.05)

@@ -192,7 +192,7 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "what", nargs="?", default="generate", help="generate, train or the name of an op (default: %(default)s)"
     )
-    bench.add_argument("--faces", type=_positive, metavar="N", help="faces in a batch (default: 16; random-100m: 2)")
+    bench.add_argument("--faces", type=_positive, metavar="N", help="faces in a batch (default: 16; random-100m: 4)")
     bench.add_argument("--steps", type=_positive, metavar="T", help="denoising steps of a face (default: the model's)")
     bench.add_argument(
         "--rounds", type=_positive, default=5, metavar="N", help="measurements per back end (default: %(default)s)"

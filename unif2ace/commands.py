@@ -183,6 +183,8 @@ def bench(options: argparse.Namespace) -> None:
     from unif2ace.evaluation.bench import bench_op
 
     _set_threads(options.threads)
+    if options.trace is not None:
+        check_folder(Path(options.trace).parent)
     if options.what not in ("generate", "train"):
         bench_op(
             options.what,
@@ -204,7 +206,7 @@ def bench(options: argparse.Namespace) -> None:
         faces = options.faces or size.faces
         work = [speed.drawing(pipe, faces, options.steps), speed.answering(pipe, faces)]
     else:
-        work = [speed.training(pipe, size.sequences)]
+        work = [speed.training(pipe, size.sequences, size.update)]
     progress = _progress("measuring", "round")
     speeds = speed.compare_backends(pipe, work, backends, rounds=options.rounds, on_round=progress)
     if options.trace is not None:

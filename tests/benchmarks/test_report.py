@@ -23,6 +23,14 @@ def test_the_table_computes_rates_from_the_median():
     assert len({len(line) for line in text.splitlines() if line.startswith("|")}) == 1  # aligned
 
 
+def test_a_busy_machine_is_said_to_be_busy():
+    disturbed = record()
+    assert "busy" not in report.table(disturbed)
+    for entry in disturbed["benchmarks"]:
+        entry["extra_info"]["spread"] = dict.fromkeys(entry["extra_info"]["spread"], 0.5)
+    assert "busy: half of the rows spread by more than 50%" in report.table(disturbed)
+
+
 def test_an_empty_record_is_said_to_be_empty():
     assert report.table({"benchmarks": []}) == "no results"
 

@@ -51,7 +51,7 @@ def suite(tmp_path, monkeypatch):
     (folder / "bench_adding.py").write_text(BENCHMARKS)
     monkeypatch.setattr(run, "FOLDER", folder)
     monkeypatch.setitem(shapes.SHORT, "adding", ("small",))
-    return lambda op="adding", **selection: run.run(run.Selection([op], **selection), tmp_path / "record.json")
+    return lambda op="adding", **selection: run.run(run.Selection([op], **selection))
 
 
 def shapes_of(record):
@@ -72,7 +72,7 @@ def test_a_short_run_records_everything_about_its_figures(suite):
     assert {"commit", "date", "device", "threads", "ceilings"} <= info["run"].keys()
 
 
-def test_failures_leave_red_rows_beside_the_figures(suite, monkeypatch, capsys):
+def test_failures_leave_red_rows_beside_the_figures(suite, tmp_path, monkeypatch, capsys):
     record = suite(full=True)
     assert shapes_of(record) == ["small", "large"]
     gate, crash = record["red"]
@@ -83,19 +83,20 @@ def test_failures_leave_red_rows_beside_the_figures(suite, monkeypatch, capsys):
     assert "native is wrong: values differ" in text
     assert "numbers/s" in text
     assert "adding torch: add: the same thing" in text
-    monkeypatch.setattr(run, "run", lambda selection, path: record)
-    assert run.main(["adding", "--full"]) == 1
+    monkeypatch.setattr(run, "run", lambda selection: record)
+    out = tmp_path / "new" / "record.json"
+    assert run.main(["adding", "--full", "--out", str(out)]) == 1
     assert "**RED**" in capsys.readouterr().out
+    assert json.loads(out.read_text()) == json.loads(json.dumps(record))
 
 
-def test_a_run_where_everything_is_red_still_has_a_record(suite, tmp_path):
+def test_a_run_where_everything_is_red_still_has_a_record(suite):
     record = suite(shapes=["wrong"])
     assert shapes_of(record) == []
     assert [failure["reason"] for failure in record["red"]] == [
         "native is wrong: values differ",
         "ValueError: out of luck",
     ]
-    assert json.loads((tmp_path / "record.json").read_text()) == record
     assert "RED, no figures (2)" in report.table(record)
 
 
@@ -131,11 +132,17 @@ def test_one_trace_holds_a_call_of_every_variant(suite, tmp_path):
     assert {f"adding small forward float32: {name}" for name in ("reference", "native", "torch: add")} <= names
 
 
-def test_records_go_where_they_belong():
-    assert run.default_path("cpu", None).parent == run.ROOT / "out" / "bench"
-    kept = run.default_path("cpu", "zen5")
-    assert kept.parent == run.ROOT / "benchmarks" / "results"
-    assert kept.name.startswith("cpu-zen5-20")
+@pytest.mark.parametrize(
+    ("ops", "keep", "name"),
+    [
+        ([], None, "out/bench/cpu-20"),
+        (["routing", "experts"], None, "out/bench/cpu-routing-experts-20"),
+        ([], "zen5", "benchmarks/results/cpu-zen5-20"),
+    ],
+)
+def test_records_go_where_they_belong(ops, keep, name):
+    path = run.default_path(run.Selection(ops), keep)
+    assert path.relative_to(run.ROOT).as_posix().startswith(name)
 
 
 def test_the_short_list_names_shapes_that_exist():
@@ -148,10 +155,14 @@ def test_the_short_list_names_shapes_that_exist():
     ("arguments", "sentence"),
     [
         (["flying"], "bench: expected one of generate, train"),
-        (["routing", "--backends", "magic"], "bench: expected back ends among reference, native, triton, peers; got"),
+        (
+            ["routing", "--backends", "magic"],
+            "bench: expected back ends among reference, native, triton, auto, peers; got",
+        ),
         (["routing", "--shapes", "huge"], "bench: expected shapes among decode-1, decode-64"),
         (["generate", "--shapes", "train"], "bench: expected --shapes with an op only, got it with generate"),
         (["generate", "--backends", "magic"], "unknown back end 'magic'; expected one of auto, reference"),
+        (["routing", "--trace", "/proc/nothing/t.json"], "cannot write into /proc/nothing"),
         (["train", "--model", "random-3t"], "model: expected a bundled name"),
     ],
 )

@@ -9,7 +9,6 @@ import importlib
 import importlib.util
 import json
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -36,7 +35,8 @@ def bench_op(
     Args:
         op: name of the file. device: "cpu" or "cuda".
         shapes: names in `benchmarks/shapes.py`; none takes the short list.
-        backends: some of ours, "peers" for the others'; none takes all that run here. The reference always runs.
+        backends: some of ours (whole models also have "auto"), "peers" for the others'; none takes all that
+            run here. The reference always runs.
         trace: write a Chrome trace with one call of every variant there.
 
     Raises `UserError` outside a checkout, for names that are not known or cannot run, and, after the table, where a
@@ -47,8 +47,8 @@ def bench_op(
         hint = "" if known else "; ops are timed in a checkout of the repository only"
         raise UserError(f"bench: expected one of {', '.join(['generate', 'train', *known])}, got {op!r}{hint}")
     for backend in backends:
-        if backend not in (*BACKENDS, "peers"):
-            raise UserError(f"bench: expected back ends among {', '.join(BACKENDS)}, peers; got {backend!r}")
+        if backend not in (*BACKENDS, "auto", "peers"):
+            raise UserError(f"bench: expected back ends among {', '.join(BACKENDS)}, auto, peers; got {backend!r}")
         if backend in BACKENDS and importlib.util.find_spec(f"unif2ace.ops.{op}") is not None:
             _registry.choose(op, backend, torch.device(device))
     try:
@@ -59,8 +59,7 @@ def bench_op(
         sys.path.insert(0, str(ROOT))
     run, report = (importlib.import_module(f"benchmarks.{name}") for name in ("run", "report"))
     selection = run.Selection([op], device, shapes=shapes, backends=backends, threads=threads, trace_file=trace)
-    with tempfile.TemporaryDirectory() as folder:
-        record = run.run(selection, Path(folder) / f"{op}.json")
+    record = run.run(selection)
     if as_json:
         found = [result.info for result in report.results(record)]
         print(json.dumps({"what": op, "results": found, "red": record["red"]}, indent=2))
