@@ -103,12 +103,13 @@ class AttentionShape:
 @dataclass(frozen=True)
 class ModelShape:
     """How much a whole model does in one call: faces drawn in `steps` steps, or asked about (four questions each), and
-    (generation, understanding) sequences of a training step.
+    (generation, understanding) sequences of a training step, with or without the update of the weights.
     """
 
     faces: int
     steps: int
     sequences: tuple[int, int]
+    update: bool = True
 
 
 ROUTING = {
@@ -203,7 +204,7 @@ ATTENTION_SMALL = {
 
 MODELS = {
     "avatars-tiny": ModelShape(4, 6, (12, 5)),
-    "random-100m": ModelShape(2, 3, (12, 5)),
+    "random-100m": ModelShape(2, 3, (6, 2), update=False),
 }
 
 # What `make bench` runs, by benchmark file: on two cores all of it has to end within three minutes.
