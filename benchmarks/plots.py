@@ -263,4 +263,4 @@ def _legend(figure: Figure, names: dict[str, None], height: float, bars: tuple[s
 
 
 def _library(name: str) -> str:
-    return "dense product of equal FLOPs" if name == CEILING else f"fastest of {name}"
+    return "ceiling timed beside it" if name == CEILING else f"fastest of {name}"

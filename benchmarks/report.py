@@ -22,7 +22,9 @@ DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 OURS = ("native", "triton", "auto")
 BUSY = 0.25  # median spread; two idle cores give 3 to 8 %, with another program on them 20 to 100 %
 DIRECTIONS = ("forward", "forward+backward")
-CEILING = "ceiling"  # "ceiling: ...": something else of equal FLOPs, which no implementation of the op can beat
+CEILING = (
+    "ceiling"  # "ceiling: ...": a simpler thing of equal FLOPs or bytes, which no implementation of the op can beat
+)
 
 
 @dataclass(frozen=True)

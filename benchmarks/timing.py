@@ -30,6 +30,7 @@ Call = Callable[[], object]
 MIN_SECONDS = 2e-3  # 1000 times the resolution of events on current GPUs, and far above that of perf_counter
 MIN_ROUNDS, MAX_ROUNDS = 5, 21
 BUDGET = 0.7  # seconds of rounds per comparison; more rounds than the minimum only for calls that are quick
+LONG = 0.1  # seconds; a call of that length is not repeated within a measurement, and costs enough as it is
 GRAPH_WARMUP = 3  # calls before a capture: compile, choose algorithms, fill the allocator's pools
 L2_BYTES = 256 * 2**20  # more than the L2 cache of any current GPU
 DEFAULT_CACHE_BYTES = 32 * 2**20
@@ -186,6 +187,7 @@ def interleave(variants: dict[str, Call], clock: Clock, budget: float = BUDGET) 
 
 
 def _calibrate(call: Call, clock: Clock) -> int:
-    """Calls per measurement. The first call compiles, allocates and fills caches; the second is the estimate."""
-    clock.seconds(call, 1)
+    """Calls per measurement. The first call fills caches and pools; where it is not long, a second is the estimate."""
+    if clock.seconds(call, 1) > LONG:  # not because it compiled: on a GPU that happened in `prepare`
+        return 1
     return max(1, round(MIN_SECONDS / max(clock.seconds(call, 1) + clock.overhead, 1e-9)))

@@ -46,6 +46,12 @@ def test_a_measurement_does_not_repeat_an_expensive_flush():
     assert {repeats for _, repeats in clock.log} == {1}
 
 
+def test_long_calls_are_made_no_more_often_than_needed():
+    clock = FakeClock()
+    timing.interleave({"a": lambda: (2 * timing.LONG, "a")}, clock, budget=0.0)
+    assert clock.log == [("a", 1)] * (1 + timing.MIN_ROUNDS)
+
+
 def test_median_and_spread():
     found = timing.Timing((1.0, 2.0, 3.0, 4.0, 100.0))
     assert found.median == 3.0
