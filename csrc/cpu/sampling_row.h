@@ -1,0 +1,245 @@
+// Sampling of one row of logits in one pass: the hot loops of cpu/sampling.cpp. Semantics: unif2ace/ops/sampling.py.
+//
+// A row is read once, in spans of 1024 codes that stay in the first-level cache:
+//   1. z = a * cond - w * uncond, as float32;                      memory traffic, 3 operations per code
+//   2. sum of e^(z - max), rescaled when a span raises the max;    about 24 operations per code
+//   3. argmax of z / T + Gumbel.                                   Philox: about 2 vector operations per code
+// The third step is an exact search with upper bounds. A block of 128 codes can be skipped without noise if its largest
+// z / T plus the largest Gumbel number there is does not beat the best key so far; and without Gumbel numbers if the
+// bound of its smallest Philox words does not. So logarithms are computed for a handful of blocks per row.
+//
+// **The bounds are exact**, not merely very likely: rounded sums and products by a positive number, conversions and
+// comparisons are monotone. With s = fl(z * 1/T) of any code of the block, s' that of its largest z, g the computed
+// Gumbel number and G >= g a bound: s <= s' and so key = fl(s + g) <= fl(s' + G). A block is only skipped where
+// fl(s' + G) <= best, when no key in it exceeds the best; and as blocks come in order of their codes, an equal key
+// would lose the tie. Nothing here depends on how good the bound is.
+//
+// Sums run over 32 fixed lanes of each span, spans in order, in double: the same bits on any instruction set.
+#pragma once
+
+#include <cstdint>
+
+#include "common/gumbel.h"
+#include "common/philox.h"
+#include "common/stable.h"
+#include "cpu/convert.h"
+
+namespace unif2ace::sampling {
+
+constexpr int kBlock = 128;  // codes per decision to skip: two registers of counters at AVX-512, which hide the
+constexpr int kCounters = kBlock / 4;  // latency of Philox (16 counters: 0.27 ns per word, 32: 0.19)
+constexpr int kSpan = 1024;            // codes per step: 4 KiB of z, half of a row's usual streams in the L1 cache
+constexpr int kSumLanes = 32;
+
+// Scores of some rows, as they lie in memory. Strides count elements; columns are dense.
+struct Scores {
+  ScalarType dtype;           // Float, BFloat16 or Half
+  const void *cond, *uncond;  // uncond: null without guidance
+  int64_t cond_stride, uncond_stride;
+  float cond_factor, uncond_factor;  // 1 + w, w
+};
+
+// How a row is sampled.
+struct Noise {
+  float inverse_temperature;  // 0: no noise
+  uint32_t stream;
+};
+
+struct RowNoise {
+  uint64_t seed;
+  uint32_t position, step;
+};
+
+// What has been found in the codes read so far.
+struct Row {
+  float max = -__builtin_inff();
+  double sum = 0.0;                // of e^(z - max)
+  float best = -__builtin_inff();  // largest key
+  float best_z = -__builtin_inff();
+  int32_t code = 0;
+};
+
+template <class F, class Logit>
+UNIF2ACE_INLINE void load_guided(const Logit* cond, const Logit* uncond, float a, float w, int n, float* z) {
+  constexpr int width = kWidth<F>;
+  int i = 0;
+  if (uncond == nullptr) {
+    for (; i + width <= n; i += width) store(z + i, load_floats<F>(cond + i));
+    if (i < n) store(z + i, load_some<F>(cond + i, n - i));
+  } else {
+    for (; i + width <= n; i += width) store(z + i, a * load_floats<F>(cond + i) - w * load_floats<F>(uncond + i));
+    if (i < n) store(z + i, a * load_some<F>(cond + i, n - i) - w * load_some<F>(uncond + i, n - i));
+  }
+}
+
+// z of the codes first .. first + n of a row, and -inf behind them, up to a whole block. The dtype is looked at once
+// per span, so that the rest is compiled once and not once per dtype.
+template <class F, class Logit>
+UNIF2ACE_INLINE void load_as(const Scores& s, int64_t row, int64_t first, int n, float* z) {
+  const Logit* cond = static_cast<const Logit*>(s.cond) + row * s.cond_stride + first;
+  const Logit* uncond =
+      s.uncond == nullptr ? nullptr : static_cast<const Logit*>(s.uncond) + row * s.uncond_stride + first;
+  load_guided<F>(cond, uncond, s.cond_factor, s.uncond_factor, n, z);
+}
+
+template <class F>
+UNIF2ACE_INLINE void load_span(const Scores& s, int64_t row, int64_t first, int n, float* z) {
+  if (s.dtype == ScalarType::Float)
+    load_as<F, float>(s, row, first, n, z);
+  else if (s.dtype == ScalarType::BFloat16)
+    load_as<F, BFloat16>(s, row, first, n, z);
+  else
+    load_as<F, Half>(s, row, first, n, z);
+  for (int i = n; i % kBlock != 0; ++i) z[i] = -__builtin_inff();
+}
+
+// The largest of a block. Loses NaN now and then; the sum of exponentials does not.
+template <class F>
+UNIF2ACE_INLINE float block_maximum(const float* z) {
+  F high = load<F>(z);
+  for (int i = kWidth<F>; i < kBlock; i += kWidth<F>) high = maximum(high, load<F>(z + i));
+  float lanes[kWidth<F>];
+  store(lanes, high);
+  for (int half = kWidth<F> / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] = maximum(lanes[i], lanes[i + half]);
+  return lanes[0];
+}
+
+// Sum of e^(z - max) over n values, a multiple of kSumLanes.
+template <class F>
+UNIF2ACE_INLINE float exponential_sum(const float* z, int n, float max) {
+  constexpr int width = kWidth<F>, parts = kSumLanes / width;
+  F sum[parts] = {};
+  for (int i = 0; i < n; i += kSumLanes)
+    for (int p = 0; p < parts; ++p) sum[p] += exp_nonpositive(load<F>(z + i + p * width) - max);
+  float lanes[kSumLanes];
+  for (int p = 0; p < parts; ++p) store(lanes + p * width, sum[p]);
+  for (int half = kSumLanes / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0];
+}
+
+template <class F>
+UNIF2ACE_INLINE void add_exponentials(const float* z, int n, float max, Row& row) {
+  if (max > row.max) {
+    row.sum *= exp_nonpositive(row.max - max);
+    row.max = max;
+  }
+  // Nothing but -inf so far: with any finite max the terms are zeros, with that one they would be NaN.
+  row.sum += exponential_sum<F>(z, n, row.max == -__builtin_inff() ? 0.0f : row.max);
+}
+
+// The words of one block: word[k][j] belongs to code 4 j + k of the block.
+struct BlockWords {
+  int32_t word[4][kCounters];
+};
+
+template <class F>
+UNIF2ACE_INLINE Integers<F> smaller_unsigned(Integers<F> a, Integers<F> b) {
+  return (a ^ INT32_MIN) < (b ^ INT32_MIN) ? a : b;
+}
+
+template <class F>
+UNIF2ACE_INLINE void draw_words(const RowNoise& noise, uint32_t stream, int64_t first_code, BlockWords& words) {
+  using W = typename WideOf<F>::type;
+  using H = typename WideOf<F>::halves;
+  constexpr int width = sizeof(W) / sizeof(uint64_t);
+  W lane;
+  for (int i = 0; i < width; ++i) lane[i] = i;
+  for (int j = 0; j < kCounters; j += width) {
+    const W counter = lane + static_cast<uint64_t>(first_code / 4 + j);
+    const PhiloxWords<W> found = philox<W>({counter, W{} + noise.position, W{} + noise.step, W{} + stream}, noise.seed);
+    store(words.word[0] + j, __builtin_convertvector(found.c0, H));
+    store(words.word[1] + j, __builtin_convertvector(found.c1, H));
+    store(words.word[2] + j, __builtin_convertvector(found.c2, H));
+    store(words.word[3] + j, __builtin_convertvector(found.c3, H));
+  }
+}
+
+// Can a code of the block beat `best`? `top` is the block's largest z / T.
+template <class F>
+UNIF2ACE_INLINE bool may_beat(const BlockWords& words, float top, float best) {
+  using I = Integers<F>;
+  I hit = {};
+  for (int j = 0; j < kCounters; j += kWidth<F>) {
+    const I low = smaller_unsigned<F>(smaller_unsigned<F>(load<I>(words.word[0] + j), load<I>(words.word[1] + j)),
+                                      smaller_unsigned<F>(load<I>(words.word[2] + j), load<I>(words.word[3] + j)));
+    hit |= top + gumbel_bound<F>(low) > best;
+  }
+  uint64_t parts[sizeof(I) / sizeof(uint64_t)], any = 0;
+  store(parts, hit);
+  for (uint64_t part : parts) any |= part;
+  return any != 0;
+}
+
+// Exact keys of a block, and the first of the largest against `row.best`.
+template <class F>
+UNIF2ACE_INLINE void search_block(const float* z, const BlockWords& words, float inverse_temperature,
+                                  int64_t first_code, Row& row) {
+  using I = Integers<F>;
+  constexpr int width = kWidth<F>;
+  float turned[4][kCounters];  // z in the order of the words
+  for (int j = 0; j < kCounters; ++j)
+    for (int k = 0; k < 4; ++k) turned[k][j] = z[4 * j + k];
+  F best = splat<F>(-__builtin_inff());
+  I at = I{} + INT32_MAX, lane;
+  for (int i = 0; i < width; ++i) lane[i] = 4 * i;
+  for (int k = 0; k < 4; ++k)
+    for (int j = 0; j < kCounters; j += width) {
+      const F key = load<F>(turned[k] + j) * inverse_temperature + gumbel<F>(load<I>(words.word[k] + j));
+      const I code = lane + (4 * j + k);
+      const I better = (key > best) | ((key == best) & (code < at));
+      best = better ? key : best;
+      at = better ? code : at;
+    }
+  float key = row.best;
+  int32_t found = INT32_MAX;
+  for (int i = 0; i < width; ++i)
+    if (best[i] > key || (best[i] == key && found != INT32_MAX && at[i] < found)) {
+      key = best[i];
+      found = at[i];
+    }
+  if (key > row.best) {
+    row.best = key;
+    row.best_z = z[found];
+    row.code = static_cast<int32_t>(first_code + found);
+  }
+}
+
+template <class F>
+UNIF2ACE_INLINE void sample_span(const float* z, int n, int64_t first, const Noise& noise, const RowNoise& row_noise,
+                                 Row& row) {
+  const int blocks = (n + kBlock - 1) / kBlock;
+  float high[kSpan / kBlock], max = -__builtin_inff();
+  for (int b = 0; b < blocks; ++b) {
+    high[b] = block_maximum<F>(z + b * kBlock);
+    max = maximum(max, high[b]);
+  }
+  add_exponentials<F>(z, blocks * kBlock, max, row);
+  if (first == 0) row.best_z = z[0];  // code 0 wins where every key is -inf
+  if (noise.inverse_temperature == 0.0f) {
+    if (!(max > row.best)) return;
+    int i = 0;
+    while (z[i] != max) ++i;
+    row.best = row.best_z = max;
+    row.code = static_cast<int32_t>(first + i);
+    return;
+  }
+  for (int b = 0; b < blocks; ++b) {
+    const float top = high[b] * noise.inverse_temperature;
+    if (!(top + kLargestGumbel > row.best)) continue;
+    BlockWords words;
+    draw_words<F>(row_noise, noise.stream, first + b * kBlock, words);
+    if (may_beat<F>(words, top, row.best))
+      search_block<F>(z + b * kBlock, words, noise.inverse_temperature, first + b * kBlock, row);
+  }
+}
+
+// log softmax(z) of the chosen code; NaN where the row holds NaN, +inf or nothing finite.
+UNIF2ACE_INLINE float log_confidence(const Row& row) {
+  const float sum = static_cast<float>(row.sum);
+  const float log_sum = log_positive(sum) + static_cast<float>((row.sum - sum) / sum);  // what float(sum) rounded away
+  return (row.best_z - row.max) - log_sum;
+}
+
+}  // namespace unif2ace::sampling
