@@ -29,23 +29,20 @@ struct IntegersOf<Floats16> {
   static UNIF2ACE_INLINE Floats16 to_float(Ints16 i) { return __builtin_convertvector(i, Floats16); }
 };
 
-// 64-bit lanes that fill the register of F, and their low halves as 32-bit lanes.
+// 64-bit lanes that fill the register of F.
 template <class F>
 struct WideOf;
 template <>
 struct WideOf<Floats4> {
   typedef uint64_t type __attribute__((vector_size(16)));
-  typedef int32_t halves __attribute__((vector_size(8)));
 };
 template <>
 struct WideOf<Floats8> {
   typedef uint64_t type __attribute__((vector_size(32)));
-  typedef int32_t halves __attribute__((vector_size(16)));
 };
 template <>
 struct WideOf<Floats16> {
   typedef uint64_t type __attribute__((vector_size(64)));
-  typedef int32_t halves __attribute__((vector_size(32)));
 };
 
 // Products of the low halves of 64-bit lanes, for philox.h. x86 has one instruction for it, which GCC does not find: it
@@ -70,6 +67,15 @@ UNIF2ACE_INLINE W multiply_low_halves(W a, W b) {
   return (a & 0xffffffff) * (b & 0xffffffff);
 }
 #endif
+
+// Low halves of 64-bit lanes as 32-bit lanes: even, odd, even, ... (The high halves drop out; little-endian.)
+template <class F>
+UNIF2ACE_INLINE Integers<F> interleave_low_halves(typename WideOf<F>::type even, typename WideOf<F>::type odd) {
+  const typename WideOf<F>::type both = (even & 0xffffffff) | (odd << 32);
+  Integers<F> halves;
+  memcpy(&halves, &both, sizeof both);
+  return halves;
+}
 
 template <class V, class T>
 UNIF2ACE_INLINE V load(const T* from) {

@@ -142,18 +142,32 @@ UNIF2ACE_INLINE Integers<F> smaller_unsigned(Integers<F> a, Integers<F> b) {
 template <class F>
 UNIF2ACE_INLINE void draw_words(const RowNoise& noise, uint32_t stream, int64_t first_code, BlockWords& words) {
   using W = typename WideOf<F>::type;
-  using H = typename WideOf<F>::halves;
-  constexpr int width = sizeof(W) / sizeof(uint64_t);
-  W lane;
-  for (int i = 0; i < width; ++i) lane[i] = i;
-  for (int j = 0; j < kCounters; j += width) {
-    const W counter = lane + static_cast<uint64_t>(first_code / 4 + j);
-    const PhiloxWords<W> found = philox<W>({counter, W{} + noise.position, W{} + noise.step, W{} + stream}, noise.seed);
-    store(words.word[0] + j, __builtin_convertvector(found.c0, H));
-    store(words.word[1] + j, __builtin_convertvector(found.c1, H));
-    store(words.word[2] + j, __builtin_convertvector(found.c2, H));
-    store(words.word[3] + j, __builtin_convertvector(found.c3, H));
+  constexpr int count = sizeof(F) == 64 ? 4 : 2;  // registers of counters side by side: AVX2 has half as many
+  W even;
+  for (int i = 0; i < kWidth<F> / 2; ++i) even[i] = 2 * i;
+  for (int j = 0; j < kCounters; j += count / 2 * kWidth<F>) {
+    PhiloxWords<W> c[count];
+    for (int i = 0; i < count; ++i) {
+      const uint64_t start = first_code / 4 + j + i / 2 * kWidth<F> + i % 2;
+      c[i] = {even + start, W{} + noise.position, W{} + noise.step, W{} + stream};
+    }
+    philox<count>(c, noise.seed);
+    for (int i = 0; i < count; i += 2) {
+      int32_t* to = words.word[0] + j + i / 2 * kWidth<F>;
+      store(to, interleave_low_halves<F>(c[i].c0, c[i + 1].c0));
+      store(to + kCounters, interleave_low_halves<F>(c[i].c1, c[i + 1].c1));
+      store(to + 2 * kCounters, interleave_low_halves<F>(c[i].c2, c[i + 1].c2));
+      store(to + 3 * kCounters, interleave_low_halves<F>(c[i].c3, c[i + 1].c3));
+    }
   }
+}
+
+template <class I>
+UNIF2ACE_INLINE bool any(I mask) {
+  uint64_t parts[sizeof(I) / sizeof(uint64_t)], some = 0;
+  store(parts, mask);
+  for (uint64_t part : parts) some |= part;
+  return some != 0;
 }
 
 // Can a code of the block beat `best`? `top` is the block's largest z / T.
@@ -166,44 +180,34 @@ UNIF2ACE_INLINE bool may_beat(const BlockWords& words, float top, float best) {
                                       smaller_unsigned<F>(load<I>(words.word[2] + j), load<I>(words.word[3] + j)));
     hit |= top + gumbel_bound<F>(low) > best;
   }
-  uint64_t parts[sizeof(I) / sizeof(uint64_t)], any = 0;
-  store(parts, hit);
-  for (uint64_t part : parts) any |= part;
-  return any != 0;
+  return any(hit);
 }
 
-// Exact keys of a block, and the first of the largest against `row.best`.
+// The same test with each code's own z, a register of codes at a time, and exact keys where it succeeds. Codes do not
+// come in order here, so equal keys are compared by code, and bounds that equal the best are not skipped.
 template <class F>
 UNIF2ACE_INLINE void search_block(const float* z, const BlockWords& words, float inverse_temperature,
                                   int64_t first_code, Row& row) {
-  using I = Integers<F>;
   constexpr int width = kWidth<F>;
   float turned[4][kCounters];  // z in the order of the words
   for (int j = 0; j < kCounters; ++j)
     for (int k = 0; k < 4; ++k) turned[k][j] = z[4 * j + k];
-  F best = splat<F>(-__builtin_inff());
-  I at = I{} + INT32_MAX, lane;
-  for (int i = 0; i < width; ++i) lane[i] = 4 * i;
   for (int k = 0; k < 4; ++k)
     for (int j = 0; j < kCounters; j += width) {
-      const F key = load<F>(turned[k] + j) * inverse_temperature + gumbel<F>(load<I>(words.word[k] + j));
-      const I code = lane + (4 * j + k);
-      const I better = (key > best) | ((key == best) & (code < at));
-      best = better ? key : best;
-      at = better ? code : at;
+      const F scaled = load<F>(turned[k] + j) * inverse_temperature;
+      const Integers<F> word = load<Integers<F>>(words.word[k] + j);
+      if (!any(scaled + gumbel_bound<F>(word) >= row.best)) continue;
+      float keys[width];
+      store(keys, scaled + gumbel<F>(word));
+      for (int i = 0; i < width; ++i) {
+        const int32_t code = static_cast<int32_t>(first_code) + 4 * (j + i) + k;
+        if (keys[i] > row.best || (keys[i] == row.best && code < row.code)) {
+          row.best = keys[i];
+          row.best_z = turned[k][j + i];
+          row.code = code;
+        }
+      }
     }
-  float key = row.best;
-  int32_t found = INT32_MAX;
-  for (int i = 0; i < width; ++i)
-    if (best[i] > key || (best[i] == key && found != INT32_MAX && at[i] < found)) {
-      key = best[i];
-      found = at[i];
-    }
-  if (key > row.best) {
-    row.best = key;
-    row.best_z = z[found];
-    row.code = static_cast<int32_t>(first_code + found);
-  }
 }
 
 template <class F>
