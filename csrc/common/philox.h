@@ -28,28 +28,35 @@ struct PhiloxWords {
   W c0, c1, c2, c3;
 };
 
+// The key words of all rounds, for a seed: made once for many counters.
 template <class W>
-constexpr UNIF2ACE_INLINE PhiloxWords<W> philox_round(PhiloxWords<W> c, uint32_t k0, uint32_t k1) {
-  const W p0 = multiply_low_halves(c.c0, W{} + kPhiloxM0), p1 = multiply_low_halves(c.c2, W{} + kPhiloxM1);
-  return {(p1 >> 32) ^ c.c1 ^ k0, p1, (p0 >> 32) ^ c.c3 ^ k1, p0};
-}
+struct PhiloxKeys {
+  W k0[10], k1[10];
 
-// All ten rounds on `count` independent counters side by side, so that one's latency hides behind the others' work.
-template <int count, class W>
-constexpr UNIF2ACE_INLINE void philox(PhiloxWords<W>* c, uint64_t seed) {
-  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-  UNIF2ACE_UNROLL(10)
-  for (int round = 0; round < 10; ++round) {
-    for (int i = 0; i < count; ++i) c[i] = philox_round(c[i], k0, k1);
-    k0 += kPhiloxW0;
-    k1 += kPhiloxW1;
+  constexpr UNIF2ACE_INLINE explicit PhiloxKeys(uint64_t seed) : k0{}, k1{} {
+    for (int round = 0; round < 10; ++round) {
+      k0[round] = W{} + static_cast<uint32_t>(static_cast<uint32_t>(seed) + round * kPhiloxW0);
+      k1[round] = W{} + static_cast<uint32_t>(static_cast<uint32_t>(seed >> 32) + round * kPhiloxW1);
+    }
   }
+};
+
+// Turns `count` independent counters into their words, side by side: one's latency hides behind the others' work.
+template <int count, class W>
+constexpr UNIF2ACE_INLINE void philox(PhiloxWords<W> (&c)[count], const PhiloxKeys<W>& keys) {
+  UNIF2ACE_UNROLL(10)
+  for (int round = 0; round < 10; ++round)
+    for (int i = 0; i < count; ++i) {
+      const W p0 = multiply_low_halves(c[i].c0, W{} + kPhiloxM0), p1 = multiply_low_halves(c[i].c2, W{} + kPhiloxM1);
+      c[i] = {(p1 >> 32) ^ c[i].c1 ^ keys.k0[round], p1, (p0 >> 32) ^ c[i].c3 ^ keys.k1[round], p0};
+    }
 }
 
-template <class W>
-constexpr UNIF2ACE_INLINE PhiloxWords<W> philox(PhiloxWords<W> c, uint64_t seed) {
-  philox<1>(&c, seed);
-  return c;
+// One counter under one seed.
+constexpr UNIF2ACE_INLINE PhiloxWords<uint64_t> philox(PhiloxWords<uint64_t> counter, uint64_t seed) {
+  PhiloxWords<uint64_t> c[1] = {counter};
+  philox(c, PhiloxKeys<uint64_t>(seed));
+  return c[0];
 }
 
 // Known answers published with the generator (Random123, kat_vectors), checked by every compiler that reads this file.

@@ -50,7 +50,7 @@ std::vector<float> read_floats(const char* name, const Tensor& tensor, int64_t n
 
 float noise_of(uint64_t seed, int64_t position, int64_t step) {
   const PhiloxWords<uint64_t> words =
-      philox<uint64_t>({0, static_cast<uint32_t>(position), static_cast<uint32_t>(step), kConfidenceStream}, seed);
+      philox({0, static_cast<uint32_t>(position), static_cast<uint32_t>(step), kConfidenceStream}, seed);
   return gumbel<float>(static_cast<int32_t>(words.c0));
 }
 
@@ -101,7 +101,8 @@ Tensor remask(const Tensor& log_confidence, const Tensor& row_offsets, const Ten
       for (size_t i = 0; i < keys.size(); ++i) {
         const int64_t row = first + i;
         const float noise = noise_of(static_cast<uint64_t>(seed[b]), position[row], step[b]);
-        keys[i] = ordered_key(confidence[row] + weight[b] * noise);
+        const float key = confidence[row] + weight[b] * noise;
+        keys[i] = key == key ? ordered_key(key) : INT32_MAX;  // NaN last, as sorting does
       }
       mark_smallest(keys, keep[b], [&](int64_t i) { return position[first + i]; }, out + first);
     }

@@ -17,6 +17,12 @@ struct Places {
   IntegerColumn seeds, positions, steps;
 };
 
+// How rows are sampled.
+struct Noise {
+  float inverse_temperature;  // 0: no noise
+  uint32_t stream;
+};
+
 struct Problem {
   Scores scores;
   int64_t columns;
@@ -32,14 +38,14 @@ UNIF2ACE_INLINE void sample_rows_body(const Problem& p, int64_t begin, int64_t e
   alignas(64) float z[kSpan];
   for (int64_t r = begin; r < end; ++r) {
     const int64_t place = p.first_place + r;
-    const RowNoise row_noise{static_cast<uint64_t>(p.places.seeds[place]),
-                             static_cast<uint32_t>(p.places.positions[place]),
-                             static_cast<uint32_t>(p.places.steps[place])};
+    const RowNoise<F> noise{PhiloxKeys<typename WideOf<F>::type>(static_cast<uint64_t>(p.places.seeds[place])),
+                            static_cast<uint32_t>(p.places.positions[place]),
+                            static_cast<uint32_t>(p.places.steps[place]), p.noise.stream};
     Row row;
     for (int64_t first = 0; first < p.columns; first += kSpan) {
       const int n = static_cast<int>(std::min<int64_t>(kSpan, p.columns - first));
       load_span<F>(p.scores, r, first, n, z);
-      sample_span<F>(z, n, first, p.noise, row_noise, row);
+      sample_span<F>(z, n, first, p.noise.inverse_temperature, noise, row);
     }
     p.codes[place] = row.code;
     p.confidence[place] = log_confidence(row);

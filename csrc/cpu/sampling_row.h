@@ -39,15 +39,11 @@ struct Scores {
   float cond_factor, uncond_factor;  // 1 + w, w
 };
 
-// How a row is sampled.
-struct Noise {
-  float inverse_temperature;  // 0: no noise
-  uint32_t stream;
-};
-
+// The noise of one row: everything but the code.
+template <class F>
 struct RowNoise {
-  uint64_t seed;
-  uint32_t position, step;
+  PhiloxKeys<typename WideOf<F>::type> keys;
+  uint32_t position, step, stream;
 };
 
 // What has been found in the codes read so far.
@@ -140,18 +136,18 @@ UNIF2ACE_INLINE Integers<F> smaller_unsigned(Integers<F> a, Integers<F> b) {
 }
 
 template <class F>
-UNIF2ACE_INLINE void draw_words(const RowNoise& noise, uint32_t stream, int64_t first_code, BlockWords& words) {
+UNIF2ACE_INLINE void draw_words(const RowNoise<F>& noise, int64_t first_code, BlockWords& words) {
   using W = typename WideOf<F>::type;
   constexpr int count = sizeof(F) == 64 ? 4 : 2;  // registers of counters side by side: AVX2 has half as many
   W even;
   for (int i = 0; i < kWidth<F> / 2; ++i) even[i] = 2 * i;
   for (int j = 0; j < kCounters; j += count / 2 * kWidth<F>) {
-    PhiloxWords<W> c[count];
+    PhiloxWords<W> c[count] = {};
     for (int i = 0; i < count; ++i) {
       const uint64_t start = first_code / 4 + j + i / 2 * kWidth<F> + i % 2;
-      c[i] = {even + start, W{} + noise.position, W{} + noise.step, W{} + stream};
+      c[i] = {even + start, W{} + noise.position, W{} + noise.step, W{} + noise.stream};
     }
-    philox<count>(c, noise.seed);
+    philox(c, noise.keys);
     for (int i = 0; i < count; i += 2) {
       int32_t* to = words.word[0] + j + i / 2 * kWidth<F>;
       store(to, interleave_low_halves<F>(c[i].c0, c[i + 1].c0));
@@ -178,7 +174,7 @@ UNIF2ACE_INLINE bool may_beat(const BlockWords& words, float top, float best) {
   for (int j = 0; j < kCounters; j += kWidth<F>) {
     const I low = smaller_unsigned<F>(smaller_unsigned<F>(load<I>(words.word[0] + j), load<I>(words.word[1] + j)),
                                       smaller_unsigned<F>(load<I>(words.word[2] + j), load<I>(words.word[3] + j)));
-    hit |= top + gumbel_bound<F>(low) > best;
+    hit = top + gumbel_bound<F>(low) > best ? I{} - 1 : hit;
   }
   return any(hit);
 }
@@ -188,6 +184,7 @@ UNIF2ACE_INLINE bool may_beat(const BlockWords& words, float top, float best) {
 template <class F>
 UNIF2ACE_INLINE void search_block(const float* z, const BlockWords& words, float inverse_temperature,
                                   int64_t first_code, Row& row) {
+  using I = Integers<F>;
   constexpr int width = kWidth<F>;
   float turned[4][kCounters];  // z in the order of the words
   for (int j = 0; j < kCounters; ++j)
@@ -195,8 +192,8 @@ UNIF2ACE_INLINE void search_block(const float* z, const BlockWords& words, float
   for (int k = 0; k < 4; ++k)
     for (int j = 0; j < kCounters; j += width) {
       const F scaled = load<F>(turned[k] + j) * inverse_temperature;
-      const Integers<F> word = load<Integers<F>>(words.word[k] + j);
-      if (!any(scaled + gumbel_bound<F>(word) >= row.best)) continue;
+      const I word = load<I>(words.word[k] + j);
+      if (!any(scaled + gumbel_bound<F>(word) >= row.best ? I{} - 1 : I{})) continue;
       float keys[width];
       store(keys, scaled + gumbel<F>(word));
       for (int i = 0; i < width; ++i) {
@@ -211,8 +208,8 @@ UNIF2ACE_INLINE void search_block(const float* z, const BlockWords& words, float
 }
 
 template <class F>
-UNIF2ACE_INLINE void sample_span(const float* z, int n, int64_t first, const Noise& noise, const RowNoise& row_noise,
-                                 Row& row) {
+UNIF2ACE_INLINE void sample_span(const float* z, int n, int64_t first, float inverse_temperature,
+                                 const RowNoise<F>& noise, Row& row) {
   const int blocks = (n + kBlock - 1) / kBlock;
   float high[kSpan / kBlock], max = -__builtin_inff();
   for (int b = 0; b < blocks; ++b) {
@@ -221,7 +218,7 @@ UNIF2ACE_INLINE void sample_span(const float* z, int n, int64_t first, const Noi
   }
   add_exponentials<F>(z, blocks * kBlock, max, row);
   if (first == 0) row.best_z = z[0];  // code 0 wins where every key is -inf
-  if (noise.inverse_temperature == 0.0f) {
+  if (inverse_temperature == 0.0f) {
     if (!(max > row.best)) return;
     int i = 0;
     while (z[i] != max) ++i;
@@ -230,12 +227,12 @@ UNIF2ACE_INLINE void sample_span(const float* z, int n, int64_t first, const Noi
     return;
   }
   for (int b = 0; b < blocks; ++b) {
-    const float top = high[b] * noise.inverse_temperature;
+    const float top = high[b] * inverse_temperature;
     if (!(top + kLargestGumbel > row.best)) continue;
     BlockWords words;
-    draw_words<F>(row_noise, noise.stream, first + b * kBlock, words);
+    draw_words<F>(noise, first + b * kBlock, words);
     if (may_beat<F>(words, top, row.best))
-      search_block<F>(z + b * kBlock, words, noise.inverse_temperature, first + b * kBlock, row);
+      search_block<F>(z + b * kBlock, words, inverse_temperature, first + b * kBlock, row);
   }
 }
 
