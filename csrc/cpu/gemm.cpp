@@ -10,19 +10,24 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_cpu__linear_pointwise
 namespace unif2ace {
 namespace {
 
-Tensor view(const void* data, std::array<int64_t, 2> sizes, std::array<int64_t, 2> strides, ScalarType dtype) {
-  return torch::stable::from_blob(const_cast<void*>(data), {sizes.data(), 2}, {strides.data(), 2},
+template <size_t N>
+Tensor view(const void* data, std::array<int64_t, N> sizes, std::array<int64_t, N> strides, ScalarType dtype) {
+  return torch::stable::from_blob(const_cast<void*>(data), {sizes.data(), N}, {strides.data(), N},
                                   torch::stable::Device(torch::headeronly::DeviceType::CPU), dtype);
 }
 
 }  // namespace
 
 Tensor matrix(const void* data, int64_t rows, int64_t columns, int64_t row_stride, ScalarType dtype) {
-  return view(data, {rows, columns}, {row_stride, 1}, dtype);
+  return view<2>(data, {rows, columns}, {row_stride, 1}, dtype);
 }
 
 Tensor matrix_t(const void* data, int64_t rows, int64_t columns, int64_t row_stride, ScalarType dtype) {
-  return view(data, {columns, rows}, {1, row_stride}, dtype);
+  return view<2>(data, {columns, rows}, {1, row_stride}, dtype);
+}
+
+Tensor vector_of(const void* data, int64_t size, ScalarType dtype) {
+  return view<1>(data, {size}, {1}, dtype);
 }
 
 Tensor linear(const Tensor& x, const Tensor& w, const Tensor* bias) {

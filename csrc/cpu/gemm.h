@@ -20,6 +20,9 @@ Tensor matrix(const void* data, int64_t rows, int64_t columns, int64_t row_strid
 // The transposed view: [columns, rows]. oneDNN takes either orientation of w at the same speed.
 Tensor matrix_t(const void* data, int64_t rows, int64_t columns, int64_t row_stride, ScalarType dtype);
 
+// The same for `size` contiguous elements: a bias.
+Tensor vector_of(const void* data, int64_t size, ScalarType dtype);
+
 // x [M, K], w [N, K], bias [N] or null -> a new [M, N], sums in float32. float32 and bfloat16 only.
 Tensor linear(const Tensor& x, const Tensor& w, const Tensor* bias = nullptr);
 
