@@ -21,21 +21,29 @@ namespace {
 constexpr int kWeightRows = 4;
 constexpr int kTokenRows = 4;
 
+// `left` elements from here on, at most 16. A constant in the loop over whole vectors.
+template <class F, class D, int J, int R>
+UNIF2ACE_INLINE void dot_step(const D* w, int64_t length, const float* x, int64_t x_stride, Lanes16<F> (&sum)[J][R],
+                              int64_t left) {
+  for (int part = 0; part < kParts<F>; ++part) {
+    const int at = part * kWidth<F>;
+    if (left <= at) break;
+    F weight[J];
+    for (int j = 0; j < J; ++j) weight[j] = load_part<F>(w + j * length + at, left - at);
+    for (int r = 0; r < R; ++r) {
+      const F value = load<F>(x + r * x_stride + at);
+      for (int j = 0; j < J; ++j) sum[j][r].part[part] += weight[j] * value;
+    }
+  }
+}
+
 template <class F, class D, int J, int R>
 UNIF2ACE_INLINE void dot_block(const D* w, int64_t length, const float* x, int64_t x_stride, const float* bias,
                                float* out, int64_t out_stride) {
   Lanes16<F> sum[J][R];
-  for (int64_t i = 0; i < length; i += 16)
-    for (int part = 0; part < kParts<F>; ++part) {
-      const int64_t at = i + part * kWidth<F>, left = length - at;
-      if (left <= 0) break;
-      F weight[J];
-      for (int j = 0; j < J; ++j) weight[j] = load_part<F>(w + j * length + at, left);
-      for (int r = 0; r < R; ++r) {
-        const F value = load<F>(x + r * x_stride + at);
-        for (int j = 0; j < J; ++j) sum[j][r].part[part] += weight[j] * value;
-      }
-    }
+  int64_t i = 0;
+  for (; i + 16 <= length; i += 16) dot_step<F, D, J, R>(w + i, length, x + i, x_stride, sum, 16);
+  if (i < length) dot_step<F, D, J, R>(w + i, length, x + i, x_stride, sum, length - i);
   for (int r = 0; r < R; ++r)
     for (int j = 0; j < J; ++j) out[r * out_stride + j] = sum[j][r].sum() + bias[j];
 }
@@ -145,7 +153,8 @@ UNIF2ACE_MULTIVERSION(dots, dots_body,
                       (dtype, w, bias, count, length, x, rows, out, out_stride))
 
 bool is_few(int64_t rows, int64_t experts) {
-  return rows <= 8 * experts;
+  static const int f = getenv("FEW") ? atoi(getenv("FEW")) : 8;
+  return rows <= f * experts;
 }
 
 void forward_few(const Mlp& p, void* y, void* pre) {

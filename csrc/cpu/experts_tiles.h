@@ -45,10 +45,13 @@ struct Tiles {
   std::vector<int64_t> first;  // [experts + 1]: first tile of each expert
 
   Tiles(const int32_t* offsets, int64_t experts) : place(experts + 1), first(experts + 1) {
+    static const int kT = getenv("KT") ? atoi(getenv("KT")) : 256;
+    const int64_t height = std::clamp<int64_t>(offsets[experts] / 16, 64, kT);
     for (int64_t e = 0; e < experts; ++e) {
       const int64_t begin = offsets[e], rows = offsets[e + 1] - begin, padded = padded_rows(rows);
       place[e + 1] = place[e] + padded;
-      const int64_t units = padded / kUnit, count = (padded + kTile - 1) / kTile;
+      const int64_t units = padded / kUnit;
+      const int64_t count = rows == 0 ? 0 : std::max<int64_t>((padded + height / 2) / height, 1);
       for (int64_t i = 0; i < count; ++i) {
         const int64_t low = units * i / count * kUnit, high = units * (i + 1) / count * kUnit;
         tiles.push_back({e, begin + low, std::min(high, rows) - low, place[e] + low, high - low});
