@@ -38,7 +38,8 @@ void forward_tiles(const Mlp& p, void* y, char* pre_out) {
   const int64_t size = size_of(p.compute);
   std::vector<std::optional<Tensor>> down(cut.tiles.size());
   std::vector<const void*> row(p.slots, nullptr);
-  run_tasks<Scratch>(cut.tiles.size(), [&](int64_t task, Scratch& scratch) {
+  run_tasks<Scratch>(cut.tiles.size(), [&](int64_t i, Scratch& scratch) {
+    const int64_t task = cut.by_size[i];
     const Tile& tile = cut.tiles[task];
     void* x = scratch.rows.fit(tile.padded * p.hidden * size);
     void* act = scratch.act.fit(tile.padded * p.inner * size);
@@ -67,7 +68,7 @@ std::tuple<Tensor, Tensor> expert_mlp(const Tensor& x, const Tensor& weights, co
   Tensor y = empty_cpu<2>({p.tokens, p.hidden}, aoti_dtype(x));
   Tensor pre = empty_cpu<2>({save ? p.slots : 0, p.up_rows}, aoti_dtype(x));
   char* pre_data = save ? mutable_pointer<char>(pre) : nullptr;
-  if (is_few(p.slots, p.experts))
+  if (is_few(p.dtype, p.slots, p.experts))
     forward_few(p, y.mutable_data_ptr(), pre_data);
   else
     forward_tiles(p, y.mutable_data_ptr(), pre_data);

@@ -50,7 +50,8 @@ Rowwise sweep_tiles(const Mlp& p, const Tiles& cut, const Tensor& grad, const ch
   const Matrices w_up(p.w_up, p.up_rows, p.hidden), w_down(p.w_down, p.hidden, p.inner);
   const float* weights = pointer<float>(p.weights);
 
-  run_tasks<TileScratch>(count, [&](int64_t task, TileScratch& scratch) {
+  run_tasks<TileScratch>(count, [&](int64_t i, TileScratch& scratch) {
+    const int64_t task = cut.by_size[i];
     const Tile& tile = cut.tiles[task];
     void* g = scratch.grad.fit(tile.padded * p.hidden * size);
     float* weight = scratch.weight.fit<float>(tile.rows * sizeof(float));
@@ -62,7 +63,8 @@ Rowwise sweep_tiles(const Mlp& p, const Tiles& cut, const Tensor& grad, const ch
     char* act = mutable_pointer<char>(out.act) + tile.place * p.inner * size;
     char* grad_pre = mutable_pointer<char>(out.grad_pre) + tile.place * p.up_rows * size;
     activation_gradient({p.activation, p.dtype, tile.rows, p.inner, pre + tile.begin * p.up_rows * size_of(p.dtype),
-                         grad_act.const_data_ptr(), weight, act, grad_pre, dot, out.up_sums.data() + task * p.up_rows});
+                         grad_act.const_data_ptr(), weight, act, grad_pre, dot});
+    weighted_sum(p.compute, grad_pre, tile.rows, p.up_rows, nullptr, out.up_sums.data() + task * p.up_rows);
     std::memset(act + tile.rows * p.inner * size, 0, (tile.padded - tile.rows) * p.inner * size);
     std::memset(grad_pre + tile.rows * p.up_rows * size, 0, (tile.padded - tile.rows) * p.up_rows * size);
     if (p.b_down) {
@@ -132,7 +134,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> expert_mlp_backward(
   const Rowwise rowwise = sweep_tiles(p, cut, grad, pointer<char>(pre), weight_gradients);
   for (int64_t m = p.offsets[p.experts]; m < p.slots; ++m) weight_gradients[p.order[m]] = 0.0f;
 
-  const std::vector<Strip> strips = make_strips(p.offsets, p.experts, p.hidden, size_of(p.compute));
+  const std::vector<Strip> strips = make_strips(p.offsets, p.experts, p.hidden, p.compute);
   const int64_t count = strips.size();
   const Rows rows_of_grad = p.rows_of(grad), rows_of_x = p.rows_of(p.x);
   run_tasks<StripScratch>(2 * count, [&](int64_t task, StripScratch& scratch) {

@@ -152,9 +152,11 @@ UNIF2ACE_MULTIVERSION(dots, dots_body,
                        int64_t rows, float* out, int64_t out_stride),
                       (dtype, w, bias, count, length, x, rows, out, out_stride))
 
-bool is_few(int64_t rows, int64_t experts) {
-  static const int f = getenv("FEW") ? atoi(getenv("FEW")) : 8;
-  return rows <= f * experts;
+// Measured on two Zen 5 cores, 512 x 256 matrices, 16 experts, microseconds of the forward pass this way / by tiles,
+// for 2, 4, 8, 16, 24, 32 rows per expert: float32 173 / 734, 245 / 900, 477 / 937, 878 / 1064, 1228 / 1292, 1690 /
+// 1643; bfloat16, where the library's product is twice as fast, 139 / 437, 221 / 468, 392 / 461, 729 / 548.
+bool is_few(ScalarType dtype, int64_t rows, int64_t experts) {
+  return rows <= (dtype == ScalarType::BFloat16 ? 8 : 16) * experts;
 }
 
 void forward_few(const Mlp& p, void* y, void* pre) {

@@ -69,7 +69,8 @@ void multiply_tiles(const Grouped& p, char* out) {
   const Tiles cut(p.offsets, p.experts);
   const Matrices b(p.b, p.width, p.length);
   const Biases bias(p.bias, p.width);
-  run_tasks<Scratch>(cut.tiles.size(), [&](int64_t task, Scratch& scratch) {
+  run_tasks<Scratch>(cut.tiles.size(), [&](int64_t i, Scratch& scratch) {
+    const int64_t task = cut.by_size[i];
     const Tile& tile = cut.tiles[task];
     const void* a = tile_rows(p.rows_of_a(), tile, p.rows, scratch.rows);
     const Tensor result = product(matrix(a, tile.padded, p.length, p.length, p.compute), b.of(tile.expert, scratch.b),
@@ -101,7 +102,7 @@ Tensor grouped_gemm(const Tensor& a, const Tensor& b, const Tensor& offsets, std
   const Grouped p(a, b, offsets, bias, gather);
   Tensor result = empty_cpu<2>({p.rows, p.width}, aoti_dtype(a));
   char* out = mutable_pointer<char>(result);
-  if (is_few(p.rows, p.experts))
+  if (is_few(p.dtype, p.rows, p.experts))
     torch::stable::parallel_for(0, (p.width + 15) / 16, 1, [&](int64_t begin, int64_t end) {
       multiply_few(p, begin * 16, std::min(end * 16, p.width) - begin * 16, out);
     });
@@ -130,7 +131,8 @@ void gradient_of_rows(const Grouped& p, const Tiles& cut, const Tensor& grad, ch
   const Matrices b(p.b, p.width, p.length);
   std::vector<std::optional<Tensor>> results(p.gather ? count : 0);
   std::vector<const void*> row(p.gather ? p.rows : 0, nullptr);
-  run_tasks<Scratch>(count, [&](int64_t task, Scratch& scratch) {
+  run_tasks<Scratch>(count, [&](int64_t i, Scratch& scratch) {
+    const int64_t task = cut.by_size[i];
     const Tile& tile = cut.tiles[task];
     const void* g = tile_rows(p.rows_of(grad), tile, p.rows, scratch.rows);
     if (p.bias) weighted_sum(p.compute, g, tile.rows, p.width, nullptr, sums + task * p.width);
@@ -185,7 +187,7 @@ std::tuple<Tensor, Tensor, Tensor> grouped_gemm_backward(const Tensor& grad_y, c
   const Tiles cut(p.offsets, p.experts);
   std::vector<float> sums(p.bias ? cut.tiles.size() * p.width : 0);
   gradient_of_rows(p, cut, grad, mutable_pointer<char>(grad_a), sums.data());
-  const std::vector<Strip> strips = make_strips(p.offsets, p.experts, p.width, size_of(p.compute));
+  const std::vector<Strip> strips = make_strips(p.offsets, p.experts, p.width, p.compute);
   run_tasks<StripScratch>(strips.size(), [&](int64_t task, StripScratch& scratch) {
     gradient_strip(p, strips[task], p.rows_of(grad), mutable_pointer<char>(grad_b), scratch);
   });

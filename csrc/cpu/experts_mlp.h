@@ -36,6 +36,6 @@ void combine_tokens(const Mlp& p, ScalarType from, const void* const* row, const
 void forward_few(const Mlp& p, void* y, void* pre);
 
 // Are there so few rows per expert that streaming the weights through dot products beats the library?
-bool is_few(int64_t rows, int64_t experts);
+bool is_few(ScalarType dtype, int64_t rows, int64_t experts);
 
 }  // namespace unif2ace::experts

@@ -56,7 +56,7 @@ void store_transposed(ScalarType dtype, const void* from, int64_t rows, int64_t 
 void activate(Activation activation, ScalarType compute, const void* pre, int64_t rows, int64_t inner, void* act);
 
 // What the gradient needs between its two products: with a = activation(pre), g the gradient of a before weighting,
-//   act = w a,   grad_pre = w g a'(pre),   dot = <g, a>,   sums = column sums of grad_pre.
+//   act = w a,   grad_pre = w g a'(pre),   dot = <g, a>.
 struct ActivationGradient {
   Activation activation;
   ScalarType dtype;
@@ -67,7 +67,6 @@ struct ActivationGradient {
   void* act;             // [rows, inner], compute dtype
   void* grad_pre;        // as pre, compute dtype
   float* dot;            // [rows]
-  float* sums;           // [inner or 2 inner]
 };
 void activation_gradient(const ActivationGradient& a);
 

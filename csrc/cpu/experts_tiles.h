@@ -1,8 +1,8 @@
 // How the op `experts` cuts its work: tiles, threads, memory and the library's product on them.
 //
-// A tile is a range of rows of one expert, at most kTile of them: the unit that one thread multiplies on its own. The
-// tiles of an expert are equally large up to kUnit rows, and threads take the next tile when they are done with one, so
-// both an even load and all tokens in one expert keep every core busy.
+// A tile is a range of rows of one expert: the unit that one thread multiplies on its own. An expert's tiles are
+// equally high up to kUnit rows, all tiles about as high as each other, and threads take the next largest tile when
+// they are done with one; so an even load and all tokens in one expert both keep every core busy.
 //
 // The library compiles a kernel for every new shape (0.2 to 0.4 ms here, as much as three tiles of 128 x 512 x 256
 // take), and rows per expert differ from batch to batch. So tiles are padded to few distinct heights, `padded_rows`. A
@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <atomic>
 #include <memory>
+#include <numeric>
 #include <vector>
 
 #include "cpu/experts_rows.h"
@@ -20,9 +21,9 @@
 
 namespace unif2ace::experts {
 
-// Measured on a Zen 5 core, 512 x 256 weights, float32 / bfloat16 GFLOP/s of tiles with 64, 128, 256, 512 rows:
-// 183 / 318, 203 / 388, 224 / 441, 234 / 468. The library packs the weights anew for each tile; beyond 256 rows a tile
-// of 512 columns leaves the second-level cache and the load spreads worse over the threads.
+// The height to aim at (tiles reach 1.5 times that). Measured on a Zen 5 core, 512 x 256 weights, float32 / bfloat16
+// GFLOP/s at 64, 128, 256, 512 rows: 183 / 318, 203 / 388, 224 / 441, 234 / 468. The library packs the weights anew for
+// each tile; beyond 256 rows a tile of 512 columns leaves the second-level cache and the load spreads worse.
 constexpr int64_t kTile = 256;
 constexpr int64_t kUnit = 16;
 
@@ -41,12 +42,13 @@ struct Tile {
 
 struct Tiles {
   std::vector<Tile> tiles;
-  std::vector<int64_t> place;  // [experts + 1]: first padded row of each expert
-  std::vector<int64_t> first;  // [experts + 1]: first tile of each expert
+  std::vector<int64_t> place;    // [experts + 1]: first padded row of each expert
+  std::vector<int64_t> first;    // [experts + 1]: first tile of each expert
+  std::vector<int64_t> by_size;  // tiles, the largest first: what is left for the end is small
 
   Tiles(const int32_t* offsets, int64_t experts) : place(experts + 1), first(experts + 1) {
-    static const int kT = getenv("KT") ? atoi(getenv("KT")) : 256;
-    const int64_t height = std::clamp<int64_t>(offsets[experts] / 16, 64, kT);
+    // At least 16 tiles to share out, unless they would be lower than 64 rows.
+    const int64_t height = std::clamp<int64_t>(offsets[experts] / 16, 64, kTile);
     for (int64_t e = 0; e < experts; ++e) {
       const int64_t begin = offsets[e], rows = offsets[e + 1] - begin, padded = padded_rows(rows);
       place[e + 1] = place[e] + padded;
@@ -58,6 +60,10 @@ struct Tiles {
       }
       first[e + 1] = tiles.size();
     }
+    by_size.resize(tiles.size());
+    std::iota(by_size.begin(), by_size.end(), 0);
+    std::stable_sort(by_size.begin(), by_size.end(),
+                     [&](int64_t a, int64_t b) { return tiles[a].padded > tiles[b].padded; });
   }
 };
 
