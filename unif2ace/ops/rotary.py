@@ -9,8 +9,8 @@ For token t, head h, with x = one head's `dim` numbers and the token's angles co
 Backward, with g = dL/dy turned back by the same angles, u = (x - mean) / sqrt(var + eps) and v = g weight:
 `dx = (v - mean v - u mean(v u)) / sqrt(var + eps)`, `dweight = sum g u`, `dbias = sum g`.
 
-Cost: x once in and once out, some 20 FLOPs a number; in plain PyTorch about eight passes. Statistics and rotation run in
-float32 and the result is rounded once. The views of a fused projection (`qkv.unbind`) are read in place.
+Cost: x once in and once out, some 20 FLOPs a number; in plain PyTorch about eight passes. Statistics and rotation run
+in float32 and the result is rounded once. The views of a fused projection (`qkv.unbind`) are read in place.
 Sources: RoFormer (arXiv 2104.09864), half pairing; query-key normalisation (arXiv 2302.05442).
 """
 
