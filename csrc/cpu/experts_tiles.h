@@ -27,7 +27,7 @@ namespace unif2ace::experts {
 constexpr int64_t kTile = 256;
 constexpr int64_t kUnit = 16;
 
-// Multiples of kUnit up to 256, above that 16 to 32 heights per octave: at most 1/16 in vain, few shapes to compile.
+// Multiples of kUnit below 512, above that 16 heights per octave: at most 1/16 in vain, few shapes to compile.
 inline int64_t padded_rows(int64_t rows) {
   int64_t unit = kUnit;
   while (unit * 32 <= rows) unit *= 2;
