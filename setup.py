@@ -36,6 +36,7 @@ CXX_FLAGS = [
     "-ffp-contract=off",
     "-fvisibility=hidden",
     "-Wall",
+    "-Wno-maybe-uninitialized",  # GCC 12 is wrong about arrays of vector types
     "-Wno-psabi",  # vector types only travel through inlined functions: their calling convention does not matter
     f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
 ]

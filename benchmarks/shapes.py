@@ -67,12 +67,16 @@ class MixShape:
 
 @dataclass(frozen=True)
 class SamplingShape:
-    """`images` times `rows` masked tokens, each drawn from `columns` codes, with or without guidance."""
+    """`images` times `rows` masked tokens, each drawn from `columns` codes, with or without guidance.
+
+    `hidden` is the width of the rows that `head_sample` starts from.
+    """
 
     images: int
     rows: int
     columns: int
     guidance: bool = True
+    hidden: int = 2048
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,18 @@ class AttentionShape:
     image: int
     heads: int
     head_dim: int
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """How much a whole model does in one call: faces drawn in `steps` steps, or asked about (four questions each), and
+    (generation, understanding) sequences of a training step, with or without the update of the weights.
+    """
+
+    faces: int
+    steps: int
+    sequences: tuple[int, int]
+    update: bool = True
 
 
 ROUTING = {
@@ -123,7 +139,8 @@ EXPERTS = {
     "h100-fine": ExpertShape(8192, 2048, 1024, 16, 2),
     "h100-sonic": ExpertShape(24576, 1536, 1024, 32, 2, "swiglu"),
     "h100-liger": ExpertShape(8192, 2048, 768, 16, 8, "swiglu"),
-    "laptop": ExpertShape(1024, 512, 256, 8, 4),
+    "laptop-1024": ExpertShape(1024, 512, 256, 16, 4),
+    "decode-8": ExpertShape(8, 512, 256, 16, 4),
 }
 EXPERTS_SMALL = {
     "no-token": ExpertShape(0, 8, 16, 4, 2),
@@ -140,6 +157,7 @@ SEQUENCE_MIX = {
     "generate-64": MixShape((258,) * 64, 2048, 1),
     "train-512px": MixShape((1026,) * 16, 2048, 2),
     "laptop": MixShape((66,) * 16, 256, 1),
+    "laptop-256px": MixShape((258,) * 16, 512, 2),
 }
 SEQUENCE_MIX_SMALL = {
     "no-row": MixShape((), 8, 1),
@@ -153,7 +171,7 @@ SAMPLING = {
     "faces-32": SamplingShape(32, 256, 8192),
     "faces-32-plain": SamplingShape(32, 256, 8192, guidance=False),
     "faces-8-512px": SamplingShape(8, 1024, 8192),
-    "laptop": SamplingShape(4, 64, 512),
+    "laptop-512": SamplingShape(2, 256, 8192, hidden=512),
 }
 SAMPLING_SMALL = {
     "no-row": SamplingShape(0, 5, 7),
@@ -165,7 +183,7 @@ SAMPLING_SMALL = {
 LOSS = {
     "train-text": LossShape(4096, 2048, 58498, 8193),
     "train-codes": LossShape(8192, 2048, 58498, 8193),
-    "laptop": LossShape(1024, 256, 1200, 513),
+    "laptop-2048": LossShape(2048, 512, 8192, 8192),
 }
 LOSS_SMALL = {
     "no-row": LossShape(0, 8, 11, 5),
@@ -184,14 +202,20 @@ ATTENTION_SMALL = {
     "primes": AttentionShape(3, 11, 19, 3, 24),
 }
 
+MODELS = {
+    "avatars-tiny": ModelShape(4, 6, (12, 5)),
+    "random-100m": ModelShape(2, 3, (6, 2), update=False),
+}
+
 # What `make bench` runs, by benchmark file: on two cores all of it has to end within three minutes.
 SHORT = {
     "routing": ("decode-64", "train"),
-    "experts": ("laptop",),
-    "sequence_mix": ("laptop",),
-    "sampling": ("laptop",),
-    "diffusion_loss": ("laptop",),
+    "experts": ("laptop-1024", "decode-8"),
+    "sequence_mix": ("laptop", "laptop-256px"),
+    "sampling": ("laptop-512",),
+    "diffusion_loss": ("laptop-2048",),
     "omni_attention": ("laptop",),
+    "e2e": ("avatars-tiny",),
 }
 
 

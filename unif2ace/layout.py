@@ -197,11 +197,11 @@ class Layout:
         return self._per_cache_length[max_length]
 
     def rotary(self, dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin, each [T, 1, dim / 2] in `dtype` (computed in float32)."""
+        """cos and sin, each [T, dim / 2] in `dtype` (computed in float32)."""
         key = (dim, theta, dtype)
         if key not in self._rotary:
             frequency = theta ** (-torch.arange(0, dim, 2, device=self.device, dtype=torch.float32) / dim)
-            angle = (self.positions.float()[:, None] * frequency)[:, None]
+            angle = self.positions.float()[:, None] * frequency
             self._rotary[key] = angle.cos().to(dtype), angle.sin().to(dtype)
         return self._rotary[key]
 

@@ -33,7 +33,15 @@ from unif2ace.generation.settings import MAX_TEMPERATURE, GenerationConfig, chec
 from unif2ace.ops import BACKENDS, _registry, use_backend
 
 ENGINES = ("plain",)
-OPS = ("linear", "routing", "experts", "sequence_mix", "omni_attention", "sampling")  # what generating and answering run
+OPS = (
+    "linear",
+    "rotary",
+    "routing",
+    "experts",
+    "sequence_mix",
+    "omni_attention",
+    "sampling",
+)  # what generating and answering run
 CAPTION_REQUEST = "Describe the face."
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

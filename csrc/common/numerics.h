@@ -15,6 +15,12 @@
 // always_inline also carries the code into callers compiled for a wider instruction set (see cpu/isa.h).
 #define UNIF2ACE_INLINE inline __attribute__((always_inline))
 #endif
+#define UNIF2ACE_PRAGMA_(text) _Pragma(#text)
+#if defined(__GNUC__) && !defined(__clang__) && !defined(__CUDACC__)
+#define UNIF2ACE_UNROLL(times) UNIF2ACE_PRAGMA_(GCC unroll times)
+#else
+#define UNIF2ACE_UNROLL(times) UNIF2ACE_PRAGMA_(unroll)
+#endif
 
 namespace unif2ace {
 

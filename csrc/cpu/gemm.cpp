@@ -12,51 +12,50 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_cpu__linear_pointwise
 namespace unif2ace {
 namespace {
 
-Tensor view(const void* data, std::array<int64_t, 2> sizes, std::array<int64_t, 2> strides, ScalarType dtype) {
-  return torch::stable::from_blob(const_cast<void*>(data), {sizes.data(), 2}, {strides.data(), 2},
+template <size_t N>
+Tensor view(const void* data, std::array<int64_t, N> sizes, std::array<int64_t, N> strides, ScalarType dtype) {
+  return torch::stable::from_blob(const_cast<void*>(data), {sizes.data(), N}, {strides.data(), N},
                                   torch::stable::Device(torch::headeronly::DeviceType::CPU), dtype);
 }
-
-// Few rows: preparing a oneDNN product costs more than it saves (8 rows of 512 x 256: MKL 67 GFLOP/s, oneDNN 60).
-constexpr int64_t kFewRows = 16;
 
 // oneDNN's bfloat16 products begin with AVX-512, its float16 ones with processors that torch itself knows best.
 bool onednn_takes(const Tensor& x, const Tensor& w) {
   const ScalarType dtype = x.scalar_type();
-  return aoti_torch_cpu__linear_pointwise != nullptr && x.size(0) >= kFewRows && x.size(1) > 0 && w.size(0) > 0 &&
+  return aoti_torch_cpu__linear_pointwise != nullptr && x.size(0) > 0 && x.size(1) > 0 && w.size(0) > 0 &&
          (dtype == ScalarType::Float || (dtype == ScalarType::BFloat16 && isa() == Isa::avx512));
 }
 
 }  // namespace
 
 Tensor matrix(const void* data, int64_t rows, int64_t columns, int64_t row_stride, ScalarType dtype) {
-  return view(data, {rows, columns}, {row_stride, 1}, dtype);
+  return view<2>(data, {rows, columns}, {row_stride, 1}, dtype);
 }
 
 Tensor matrix_t(const void* data, int64_t rows, int64_t columns, int64_t row_stride, ScalarType dtype) {
-  return view(data, {columns, rows}, {1, row_stride}, dtype);
+  return view<2>(data, {columns, rows}, {1, row_stride}, dtype);
 }
 
 Tensor vector_of(const void* data, int64_t size, ScalarType dtype) {
-  const int64_t stride = 1;
-  return torch::stable::from_blob(const_cast<void*>(data), {&size, 1}, {&stride, 1},
-                                  torch::stable::Device(torch::headeronly::DeviceType::CPU), dtype);
+  return view<1>(data, {size}, {1}, dtype);
 }
 
-Tensor linear(const Tensor& x, const Tensor& w, const Tensor* bias) {
-  if (onednn_takes(x, w)) {
-    AtenTensorHandle bias_handle = bias == nullptr ? nullptr : bias->get();
-    const char* algorithm = "";
-    AtenTensorHandle y = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu__linear_pointwise(x.get(), w.get(), bias == nullptr ? nullptr : &bias_handle,
-                                                            "none", nullptr, 0, &algorithm, &y));
-    return Tensor(y);
-  }
-  const std::optional<Tensor> optional_bias = bias == nullptr ? std::nullopt : std::optional<Tensor>(*bias);
+Tensor linear_of_torch(const Tensor& x, const Tensor& w, const Tensor* bias) {
+  std::optional<Tensor> optional_bias;
+  if (bias != nullptr) optional_bias = *bias;
   std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(w),
                                     torch::stable::detail::from(optional_bias)};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+Tensor linear(const Tensor& x, const Tensor& w, const Tensor* bias) {
+  if (!onednn_takes(x, w)) return linear_of_torch(x, w, bias);
+  AtenTensorHandle bias_handle = bias == nullptr ? nullptr : bias->get();
+  const char* algorithm = "";
+  AtenTensorHandle y = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu__linear_pointwise(x.get(), w.get(), bias == nullptr ? nullptr : &bias_handle,
+                                                          "none", nullptr, 0, &algorithm, &y));
+  return Tensor(y);
 }
 
 }  // namespace unif2ace

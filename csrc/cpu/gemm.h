@@ -3,9 +3,10 @@
 // Called outside a parallel region a product uses all threads of torch, inside one it stays on its thread. Which
 // library: oneDNN, through torch's C function `aoti_torch_cpu__linear_pointwise`. torch itself sends float32 products
 // to MKL, which on AMD processors runs at half the rate (measured on a Zen 5, one thread, 256 x 512 x 256: MKL 109
-// GFLOP/s, oneDNN 228). Few rows, float16, and a torch without oneDNN: `aten::linear`, torch's own choice.
+// GFLOP/s, oneDNN 228). float16, and a torch without oneDNN: torch's own choice.
 //
-// A row's result can depend on how many rows stand beside it only where the library changes: below 16 rows.
+// From two rows on, a row's result does not depend on how many rows stand beside it; a single row takes a
+// matrix-vector path that sums in another order.
 #pragma once
 
 #include "common/stable.h"
@@ -24,5 +25,8 @@ Tensor vector_of(const void* data, int64_t size, ScalarType dtype);
 
 // x [M, K], w [N, K], bias [N] or null -> a new [M, N], sums in float32.
 Tensor linear(const Tensor& x, const Tensor& w, const Tensor* bias = nullptr);
+
+// The same by `aten::linear`: the library that torch chooses.
+Tensor linear_of_torch(const Tensor& x, const Tensor& w, const Tensor* bias);
 
 }  // namespace unif2ace

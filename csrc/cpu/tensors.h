@@ -45,6 +45,29 @@ inline Tensor argument(const char* op, const char* name, const Tensor& tensor, S
   return dense(tensor);
 }
 
+// One integer per row, int32 or int64, with any stride, read in place: column[row]. Valid as long as the tensor.
+class IntegerColumn {
+ public:
+  IntegerColumn(const char* op, const char* name, const Tensor& tensor, int64_t rows) {
+    const ScalarType dtype = tensor.scalar_type();
+    check(dtype == ScalarType::Int || dtype == ScalarType::Long, op, ": ", name, " must be int32 or int64, got ",
+          dtype_name(dtype));
+    check(tensor.dim() == 1 && tensor.size(0) == rows, op, ": ", name, " must have ", rows, " elements");
+    data_ = tensor.const_data_ptr();
+    stride_ = tensor.stride(0);
+    wide_ = dtype == ScalarType::Long;
+  }
+  int64_t operator[](int64_t row) const {
+    return wide_ ? static_cast<const int64_t*>(data_)[row * stride_]
+                 : static_cast<const int32_t*>(data_)[row * stride_];
+  }
+
+ private:
+  const void* data_;
+  int64_t stride_;
+  bool wide_;
+};
+
 // The float dtypes that kernels read; float64 is for the reference.
 inline void check_float(const char* op, const char* name, const Tensor& tensor) {
   const ScalarType dtype = tensor.scalar_type();

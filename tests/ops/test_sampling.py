@@ -384,6 +384,7 @@ def test_rows_without_a_distribution_are_refused(backend: str, bad: float | str)
         ({"steps": torch.zeros(3)}, r"steps must be \[3\] int32 or int64, got \[3\] float32"),
         ({"temperature": -1.0}, "temperature must be a finite number >= 0, got -1.0"),
         ({"temperature": math.nan}, "temperature must be a finite number >= 0, got nan"),
+        ({"temperature": 1e-39}, "temperature must be 0 or from 1e-38 to 1e38, got 1e-39"),
         ({"guidance": math.inf}, "guidance must be a finite number >= 0, got inf"),
         ({"guidance": 1.0}, "guidance 1.0 needs uncond_logits, got None"),
         ({"uncond_logits": torch.zeros(3, 5)}, r"uncond_logits must be \[3, 4\] float32 like logits, got \[3, 5\]"),

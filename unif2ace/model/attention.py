@@ -22,7 +22,7 @@ from unif2ace.config import UniF2aceConfig
 from unif2ace.errors import UserError
 from unif2ace.layout import Layout
 from unif2ace.model.linear import Linear
-from unif2ace.ops import omni_attention
+from unif2ace.ops import omni_attention, rotate_heads
 
 
 class KVCache:
@@ -86,15 +86,6 @@ class KVCache:
         return keys, values
 
 
-def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first 2r dims of every head. x [T, heads, dim]; cos, sin [T, 1, r]. Source: RoFormer, half pairing."""
-    half = cos.shape[-1]
-    if not half:
-        return x
-    first, second, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
-
-
 class Attention(nn.Module):
     """Multi-head omni-attention with per-head q/k LayerNorm and partial rotary embedding."""
 
@@ -112,8 +103,8 @@ class Attention(nn.Module):
     ) -> Tensor:
         """h [T, H] (already normalised) -> [T, H]."""
         query, key, value = self.qkv(h).view(len(h), 3, self.heads, self.head_dim).unbind(1)
-        query = apply_rotary(self.q_norm(query), *rotary)
-        key = apply_rotary(self.k_norm(key), *rotary)
+        query = rotate_heads(query, self.q_norm.weight, self.q_norm.bias, *rotary, eps=self.q_norm.eps)
+        key = rotate_heads(key, self.k_norm.weight, self.k_norm.bias, *rotary, eps=self.k_norm.eps)
         blocks = layout.blocks
         if cache is not None:
             blocks, slots = layout.cache_access(cache.max_length)

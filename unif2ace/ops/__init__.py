@@ -11,6 +11,7 @@ from unif2ace.ops.diffusion_loss import d3diff_loss, linear_loss
 from unif2ace.ops.experts import expert_mlp, grouped_gemm
 from unif2ace.ops.linear import linear
 from unif2ace.ops.omni_attention import omni_attention
+from unif2ace.ops.rotary import rotate_heads
 from unif2ace.ops.routing import RoutingPlan, route
 from unif2ace.ops.sampling import head_sample, remask, sample_tokens
 from unif2ace.ops.sequence_mix import mix_sequences
@@ -28,6 +29,7 @@ __all__ = [
     "mix_sequences",
     "omni_attention",
     "remask",
+    "rotate_heads",
     "route",
     "sample_tokens",
     "use_backend",

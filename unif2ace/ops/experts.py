@@ -73,10 +73,14 @@ def grouped_gemm(
     name = _registry.choose("experts", backend, a.device, a.dtype)
     if name == "reference" and not torch.compiler.is_compiling():
         result = reference_grouped_gemm(a, b, offsets, bias, gather)
-    elif not _registry.needs_grad(a, b, bias):
-        result = _registry.registered(name, "grouped_gemm")(a, b, offsets, bias, gather)
     else:
-        result = _GroupedGemm.apply(name, a, b, offsets, bias, gather)
+        try:
+            if _registry.needs_grad(a, b, bias):
+                result = _GroupedGemm.apply(name, a, b, offsets, bias, gather)
+            else:
+                result = _registry.registered(name, "grouped_gemm")(a, b, offsets, bias, gather)
+        except RuntimeError as error:
+            raise _registry.as_user_error(error, "grouped_gemm") from None
     return result if out is None else out.copy_(result)
 
 
@@ -112,14 +116,17 @@ def expert_mlp(
     Cost: 2 * T * K * H * (I_up + I) FLOPs; see the module docstring.
     """
     _check_mlp(x, plan, w_up, w_down, b_up, b_down, activation)
-    indices = (plan.offsets, plan.order, plan.position)
+    indices = (index.to(torch.int32) for index in (plan.offsets, plan.order, plan.position))
     arguments = (x, plan.weights, *indices, w_up, w_down, b_up, b_down, activation)
     name = _registry.choose("experts", backend, x.device, x.dtype)
     if name == "reference" and not torch.compiler.is_compiling():
         return reference_expert_mlp(*arguments)[0]
-    if not _registry.needs_grad(*arguments):  # inference does not write the pre-activation
-        return _registry.registered(name, "expert_mlp")(*arguments, False)[0]
-    return _ExpertMlp.apply(name, *arguments)
+    try:
+        if not _registry.needs_grad(*arguments):  # inference does not write the pre-activation
+            return _registry.registered(name, "expert_mlp")(*arguments, False)[0]
+        return _ExpertMlp.apply(name, *arguments)
+    except RuntimeError as error:
+        raise _registry.as_user_error(error, "expert_mlp") from None
 
 
 # ---------------------------------------------------------------------------------------------------------- reference

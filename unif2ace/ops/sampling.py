@@ -204,6 +204,9 @@ def _check_sampling(op: str, name: str, scores: Tensor, uncond: Tensor | None, t
     for number, value in (("temperature", temperature), ("guidance", guidance)):
         if not 0.0 <= value < math.inf:
             raise UserError(f"{op}: {number} must be a finite number >= 0, got {value}")
+    if temperature > 0.0 and not 1e-38 <= temperature <= 1e38:
+        # 1 / T has to be a float32 number: infinity or zero times a logit could be NaN, and NaN would be sampled.
+        raise UserError(f"{op}: temperature must be 0 or from 1e-38 to 1e38, got {temperature}")
     if guidance > 0.0 and uncond is None:
         raise UserError(f"{op}: guidance {guidance} needs uncond_{name}, got None")
 
@@ -240,7 +243,7 @@ def sample_tokens(
         logits: [R, V] float; -inf marks forbidden codes.
         seeds: [R] int64, the seed of the row's request. positions, steps: [R] int32 or int64, the row's place in the
             image and the number of the denoising step; together they select the noise.
-        temperature: 0 takes the most likely code without noise.
+        temperature: 0 takes the most likely code without noise; otherwise 1e-38 to 1e38.
         uncond_logits, guidance: z = (1 + guidance) * logits - guidance * uncond_logits.
         stream: noise stream, one per purpose (`_noise.py`): 0 image tokens, 2 text decoding.
 
