@@ -34,6 +34,9 @@ Tensor transposed(const Tensor& x) {
 
 std::tuple<Tensor, Tensor> linear_backward(const Tensor& grad, const Tensor& x, const Tensor& weight) {
   check_product(x, weight);
+  check(grad.dim() == 2 && grad.size(0) == x.size(0) && grad.size(1) == weight.size(0) &&
+            grad.scalar_type() == x.scalar_type(),
+        "linear: the gradient must be [", x.size(0), ", ", weight.size(0), "] of the dtype of x");
   const Tensor grad_c = dense(grad);
   return {linear(grad_c, transposed(dense(weight))), linear(transposed(grad_c), transposed(dense(x)))};
 }
