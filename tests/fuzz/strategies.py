@@ -83,12 +83,14 @@ class Source:
         layouts = [layout for layout in LAYOUTS if expand or layout != "expanded"]
         return lay_out(x, self.draw(st.sampled_from(layouts), f"layout of {label}"))
 
-    def floats(self, label: str, *shape: int, dtype: torch.dtype = torch.float32, special: bool = False) -> Tensor:
-        """Random normals, or whole numbers with many ties; with `special`, a few other values in random places."""
+    def floats(
+        self, label: str, *shape: int, dtype: torch.dtype = torch.float32, special: bool = False, scale: float = 1.0
+    ) -> Tensor:
+        """`scale` times random normals, or whole numbers with many ties; with `special`, a few other values."""
         x = torch.randn(shape, generator=self.generator)
         if self.draw(st.booleans(), f"whole numbers in {label}"):
             x = (3 * x).round()
-        x = x.to(dtype)
+        x = (scale * x).to(dtype)
         if special and x.numel():
             for value in self.draw(st.lists(st.sampled_from(SPECIAL), max_size=3), f"special values in {label}"):
                 x.view(-1)[self.draw(st.integers(0, x.numel() - 1), "place")] = value
@@ -159,7 +161,7 @@ def compare_runs(
     gradients: bool = True,
     slack: float = 0.0,
 ) -> None:
-    """`function(backend=.., **inputs)` natively, by the reference, and by the reference in float64: outputs, gradients."""
+    """Outputs and gradients of `function(backend=.., **inputs)`, native against the reference, also in float64."""
     cotangents: list[Tensor] = []
 
     def run(backend: str, double: bool) -> dict[str, Tensor]:

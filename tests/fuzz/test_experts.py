@@ -25,6 +25,8 @@ from unif2ace.ops.routing import grouping_plan
 
 pytestmark = marks("experts")
 
+BACKWARD = ("grad", "pre")  # arguments that only the backward of the MLP has
+
 experts_ = st.integers(1, 6)
 widths_ = st.sampled_from([1, 2, 7, 15, 16, 17, 33, 64])
 
@@ -56,8 +58,8 @@ def test_mlp_well_formed(tokens, hidden, inner, experts, top_k, activation, dtyp
     inputs = {
         "x": source.floats("x", tokens, hidden, dtype=dtype, special=special),
         "weights": source.floats("weights", tokens, top_k),
-        "w_up": source.floats("w_up", experts, up_rows, hidden, dtype=dtype),
-        "w_down": source.floats("w_down", experts, hidden, inner, dtype=dtype),
+        "w_up": source.floats("w_up", experts, up_rows, hidden, dtype=dtype, scale=hidden**-0.5),
+        "w_down": source.floats("w_down", experts, hidden, inner, dtype=dtype, scale=inner**-0.5),
     }
     if biases:
         inputs["b_up"] = source.floats("b_up", experts, up_rows, dtype=dtype)
@@ -91,7 +93,7 @@ def test_grouped_gemm_well_formed(rows, spare, length, width, experts, dtype, bi
     gather = source.integers("gather", 0, count, rows + spare) if gathered else None
     inputs = {
         "a": source.floats("a", count, length, dtype=dtype, special=special and not spare),
-        "b": source.floats("b", experts, width, length, dtype=dtype),
+        "b": source.floats("b", experts, width, length, dtype=dtype, scale=length**-0.5),
     }
     if bias:
         inputs["bias"] = source.floats("bias", experts, width, dtype=dtype)
@@ -198,6 +200,3 @@ def test_mlp_malformed(tokens, hidden, inner, experts, top_k, what, backward, da
     else:
         forward = [x for name, x in arguments.items() if name not in BACKWARD]
         assert_refused("expert_mlp", *forward, source.draw(st.booleans(), "save"))
-
-
-BACKWARD = ("grad", "pre")

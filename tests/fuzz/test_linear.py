@@ -37,6 +37,8 @@ def test_malformed(rows, width, columns, dtype, which, data):
     x, weight, bias = torch.zeros(rows, width), torch.zeros(columns, width), torch.zeros(columns)
     arguments = [x.to(dtype), weight.to(dtype), bias.to(dtype)]
     spoilt = resized(source, arguments[which])
+    if which == 2 and spoilt.numel() == columns:
+        return  # the same numbers in another shape
     if which < 2 and spoilt.dim() == 2 and spoilt.shape[1] == width:
         spoilt = spoilt.new_zeros(*spoilt.shape[:1], width + 1)  # another number of rows would fit
     arguments[which] = spoilt

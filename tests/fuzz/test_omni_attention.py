@@ -1,6 +1,8 @@
-"""Fuzz of `omni_attention`: any blocks that tile the queries, overlapping keys, strided heads; spoilt blocks refused."""
+"""Fuzz of `omni_attention`: blocks that tile the queries, overlapping keys, strided heads; spoilt blocks refused."""
 
 from __future__ import annotations
+
+import itertools
 
 import torch
 from hypothesis import given
@@ -21,7 +23,7 @@ def draw_blocks(source: Source, rows: int, keys: int) -> list[tuple[int, int, in
     """Blocks in any order that cover every query once, each with enough keys."""
     cut = source.cut(rows, source.draw(st.integers(1, 4), "blocks"), "queries")
     blocks = []
-    for q_start, q_end in zip(cut[:-1], cut[1:], strict=True):
+    for q_start, q_end in itertools.pairwise(cut):
         causal = source.draw(st.booleans(), "causal")
         least = 0 if q_start == q_end else (q_end - q_start if causal else 1)
         k_start = source.draw(st.integers(0, keys - least), "k_start")
@@ -88,7 +90,7 @@ def test_malformed(rows, more_keys, heads, dim, what, data):
     arguments = {"q": torch.zeros(rows, heads, dim)}
     arguments |= {name: torch.zeros(keys, heads, dim) for name in ("k", "v")}
     cut = sorted({0, rows, *source.draw(st.lists(st.integers(0, rows), max_size=3), "queries")})
-    blocks = [[low, high, low, high, 1] for low, high in zip(cut[:-1], cut[1:], strict=True)]
+    blocks = [[low, high, low, high, 1] for low, high in itertools.pairwise(cut)]
     arguments["blocks"] = [number for block in blocks for number in block]
     if what == "blocks":
         arguments["blocks"] = spoil_blocks(source, blocks, rows, keys)

@@ -84,7 +84,9 @@ def test_well_formed(tokens, widths, dtype, special, data):
         plan = route(logits, **options, backend=backend)
         return plan.weights, plan.importance, plan.logsumexp
 
-    compare_runs(floats, source, {"logits": logits}, slack=1e-5)
+    # Where exp(x - logsumexp) has lost its digits, PyTorch's gradient of logsumexp is wrong, even in float64.
+    gradients = not (logits.abs() > 1e6).any()
+    compare_runs(floats, source, {"logits": logits}, gradients=gradients, slack=1e-5)
 
 
 @fuzz

@@ -1,4 +1,4 @@
-"""Fuzz of `sample_tokens`, `head_sample` and `remask`: identical tokens and masks, rows without a distribution refused."""
+"""Fuzz of `sample_tokens`, `head_sample`, `remask`: identical tokens and masks; rows without a distribution refused."""
 
 from __future__ import annotations
 

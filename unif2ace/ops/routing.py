@@ -161,7 +161,7 @@ def reference_route(
     # a stable sort, because torch.topk promises nothing about ties
     experts = torch.sort(preference, dim=-1, descending=True, stable=True).indices[:, :top_k]
 
-    weights = _weights(x, z, experts, visible, scoring, renormalize, scale)
+    weights = _weights(z, experts, visible, scoring, renormalize, scale)
     importance = _importance(probability, visible)
     logsumexp = x.masked_fill(~visible, -torch.inf).logsumexp(dim=-1)
     experts = experts.int()
@@ -179,9 +179,7 @@ def _visible(x: Tensor, token_group: Tensor | None, group_bounds: Sequence[int])
     return (columns >= bounds[group]) & (columns < bounds[group + 1])
 
 
-def _visible_logits(
-    logits: Tensor, token_group: Tensor | None, group_bounds: Sequence[int]
-) -> tuple[Tensor, Tensor]:
+def _visible_logits(logits: Tensor, token_group: Tensor | None, group_bounds: Sequence[int]) -> tuple[Tensor, Tensor]:
     """The logits in the dtype of the maths, and which of them count; 0 stands for what counts as absent, even NaN."""
     visible = _visible(logits, token_group, group_bounds)
     return logits.to(_maths_dtype(logits)).masked_fill(~visible, 0.0), visible
@@ -195,16 +193,14 @@ def _masked_softmax(z: Tensor, visible: Tensor) -> Tensor:
     return z.masked_fill(~visible, -torch.inf).softmax(dim=-1)
 
 
-def _weights(
-    x: Tensor, z: Tensor, experts: Tensor, visible: Tensor, scoring: str, renormalize: bool, scale: float
-) -> Tensor:
+def _weights(z: Tensor, experts: Tensor, visible: Tensor, scoring: str, renormalize: bool, scale: float) -> Tensor:
     """[T, K] weights of the chosen experts, exactly as the module docstring has them."""
     chosen = z.gather(1, experts.long())
     if renormalize:
         return scale * chosen.softmax(dim=-1)
     if scoring == "sigmoid":
         return scale * chosen.exp()
-    return scale * (chosen - x.masked_fill(~visible, -torch.inf).logsumexp(dim=-1, keepdim=True)).exp()
+    return scale * _masked_softmax(z, visible).gather(1, experts.long())  # not exp(z - logsumexp): that rounds large z
 
 
 def _importance(probability: Tensor, visible: Tensor) -> Tensor:
@@ -229,7 +225,7 @@ def _route_backward_reference(
     def floating_outputs(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, visible = _visible_logits(logits, token_group, group_bounds)
         z = _log_score(x, scoring)
-        weights = _weights(x, z, experts, visible, scoring, renormalize, scale)
+        weights = _weights(z, experts, visible, scoring, renormalize, scale)
         importance = _importance(_masked_softmax(z, visible), visible)
         return weights, importance, x.masked_fill(~visible, -torch.inf).logsumexp(dim=-1)
 
