@@ -10,6 +10,12 @@ Metadata lives in pyproject.toml; this file only decides what can be compiled he
 All torch calls go through the LibTorch stable ABI (`TORCH_TARGET_VERSION` = 2.10), so a build made against one torch
 loads in any torch >= 2.10. The compiler may not contract a*b+c into one rounding: routing indices have to be identical
 on every machine. No `-march=native` either: hot loops carry their own AVX2 / AVX-512 versions, chosen at run time.
+
+`UNIF2ACE_SANITIZE=1` compiles for GCC's address and undefined-behaviour sanitizers. Such a module loads only into a
+Python that was started with the sanitizers' run-time library, so build it into a folder of its own; the whole recipe is
+tests/test_sanitizers.py:
+
+    UNIF2ACE_SANITIZE=1 python setup.py build --build-lib build/sanitize --build-temp build/sanitize-objects
 """
 
 import importlib.util
@@ -34,6 +40,12 @@ CXX_FLAGS = [
     "-Wno-psabi",  # vector types only travel through inlined functions: their calling convention does not matter
     f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
 ]
+LINK_FLAGS = []
+if os.environ.get("UNIF2ACE_SANITIZE") == "1":
+    # The last of several -O and -g counts. Python's own flags have -fwrapv, which would hide signed overflow; checked
+    # containers of the standard library see an index past the end that stays inside of the allocation.
+    LINK_FLAGS = ["-fsanitize=address,undefined,float-cast-overflow"]
+    CXX_FLAGS += ["-O1", "-g", "-fno-omit-frame-pointer", "-fno-wrapv", "-D_GLIBCXX_ASSERTIONS", *LINK_FLAGS]
 NVCC_FLAGS = ["-std=c++17", "-O3", "--fmad=false", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
 CUDA_ARCHITECTURES = "8.0+PTX;9.0a"  # A100 and Hopper; the PTX of 8.0 carries the code to later chips
 
@@ -91,6 +103,7 @@ def compiled_module() -> tuple[list[Extension], dict[str, type]]:
         libraries=libraries,
         define_macros=macros,
         extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
+        extra_link_args=LINK_FLAGS,
         language="c++",
     )
     # ninja, where installed, compiles the files in parallel and only those that changed.

@@ -55,6 +55,15 @@ UNIF2ACE_INLINE F bits_float(Integers<F> bits) {
   return x;
 }
 
+// Bits pushed out at the top are lost, whatever the sign: for a scalar C++17 promises that of unsigned numbers only.
+UNIF2ACE_INLINE int32_t shift_left(int32_t bits, int by) {
+  return static_cast<int32_t>(static_cast<uint32_t>(bits) << by);
+}
+template <class Vector>
+UNIF2ACE_INLINE Vector shift_left(Vector bits, int by) {
+  return bits << by;
+}
+
 template <class F>
 UNIF2ACE_INLINE F maximum(F a, F b) {
   return a > b ? a : b;
@@ -84,7 +93,7 @@ UNIF2ACE_INLINE F exp_nonpositive(F x) {
   y = y * r + 0.5f;
   y = (y * (r * r) + r) + 1.0f;  // the small terms first: the last addition alone rounds at full size
   const F scaled =
-      bits_float<F>(float_bits(y) + (float_bits(t) << 23));  // n arrives in the exponent, the rest falls off
+      bits_float<F>(float_bits(y) + shift_left(float_bits(t), 23));  // n arrives in the exponent, the rest falls off
   return x < -86.0f ? splat<F>(0.0f) : (x == x ? scaled : x);
 }
 
@@ -93,7 +102,7 @@ UNIF2ACE_INLINE F exp_nonpositive(F x) {
 template <class F>
 UNIF2ACE_INLINE F log_positive(F x) {
   const Integers<F> exponent = (float_bits(x) - 0x3f3504f3) >> 23;  // bits of sqrt(1/2)
-  const F m = bits_float<F>(float_bits(x) - (exponent << 23));
+  const F m = bits_float<F>(float_bits(x) - shift_left(exponent, 23));
   const F s = (m - 1.0f) / (m + 1.0f);
   const F q = s * s;
   const F tail = q * (2.0f / 3.0f + q * (2.0f / 5.0f + q * (2.0f / 7.0f + q * (2.0f / 9.0f))));

@@ -73,7 +73,8 @@ std::tuple<Tensor, Tensor> expert_mlp(const Tensor& x, const Tensor& weights, co
   else
     forward_tiles(p, y.mutable_data_ptr(), pre_data);
   const int64_t used = p.offsets[p.experts], row_bytes = p.up_rows * size_of(p.dtype);
-  if (save) std::memset(pre_data + used * row_bytes, 0, (p.slots - used) * row_bytes);
+  if (save && used < p.slots && row_bytes > 0)
+    std::memset(pre_data + used * row_bytes, 0, (p.slots - used) * row_bytes);
   return {y, pre};
 }
 

@@ -57,7 +57,8 @@ const void* tile_rows(const Rows& source, const Tile& tile, int64_t all_rows, Bu
 }
 
 void zero_rows(char* out, int64_t begin, int64_t end, int64_t row_bytes) {
-  std::memset(out + begin * row_bytes, 0, (end - begin) * row_bytes);
+  // An empty tensor has no address, which memset may not get even with nothing to do.
+  if (begin < end && row_bytes > 0) std::memset(out + begin * row_bytes, 0, (end - begin) * row_bytes);
 }
 
 struct Scratch {

@@ -244,11 +244,12 @@ Tensor omni_attention(const Tensor& q, const Tensor& k, const Tensor& v, std::ve
   int64_t longest = 0, covered = 0;
   for (int64_t b = 0; b < count; ++b) {
     const int64_t* block = blocks.data() + b * kBlockWidth;
-    const int64_t q_len = block[1] - block[0], k_len = block[3] - block[2];
-    check(block[0] >= 0 && q_len >= 0 && block[1] <= rows && block[2] >= 0 && block[3] <= k.size(0) &&
-              (q_len == 0 || k_len >= (block[4] != 0 ? q_len : 1)),
-          "omni_attention: block (", block[0], ", ", block[1], ", ", block[2], ", ", block[3], ") does not fit ", rows,
-          " queries and ", k.size(0), " keys");
+    // Ranges first: their lengths are differences that then cannot overflow.
+    const bool inside = 0 <= block[0] && block[0] <= block[1] && block[1] <= rows && 0 <= block[2] &&
+                        block[2] <= block[3] && block[3] <= k.size(0);
+    const int64_t q_len = inside ? block[1] - block[0] : 0, k_len = inside ? block[3] - block[2] : 0;
+    check(inside && (q_len == 0 || k_len >= (block[4] != 0 ? q_len : 1)), "omni_attention: block (", block[0], ", ",
+          block[1], ", ", block[2], ", ", block[3], ") does not fit ", rows, " queries and ", k.size(0), " keys");
     longest = std::max(longest, k_len);
     covered += q_len;
   }

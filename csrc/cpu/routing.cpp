@@ -215,17 +215,22 @@ Tensor route_backward(const Tensor& grad_weights, const Tensor& grad_importance,
   std::vector<float> grad_mean = inverse_group_sizes(problem);
   const float* grad = static_cast<const float*>(importance_c.const_data_ptr());
   for (int e = 0; e < problem.experts; ++e) grad_mean[e] *= grad[e];
+  const int64_t chunks = (tokens + kChunk - 1) / kChunk;
+  std::vector<uint8_t> chunk_bad(chunks);
   const Backward a{problem,
                    static_cast<const float*>(weights_c.const_data_ptr()),
                    grad_mean.data(),
                    static_cast<const float*>(logsumexp_c.const_data_ptr()),
                    static_cast<const int32_t*>(experts_c.const_data_ptr()),
-                   grad_logits.mutable_data_ptr()};
+                   grad_logits.mutable_data_ptr(),
+                   chunk_bad.data()};
   const Scoring how = parse_scoring(scoring.value);
-  torch::stable::parallel_for(0, (tokens + kChunk - 1) / kChunk, 1, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
     Scratch scratch(problem, widest);
     run_backward(how, a, begin, end, scratch);
   });
+  check(std::find(chunk_bad.begin(), chunk_bad.end(), 1) == chunk_bad.end(),
+        "route: experts must be those that their token can see");
   return grad_logits;
 }
 

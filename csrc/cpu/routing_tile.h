@@ -54,6 +54,7 @@ struct Backward {
   const float* grad_logsumexp;  // [tokens]
   const int32_t* experts;       // [tokens, top_k]
   void* grad_logits;            // [tokens, experts], contiguous
+  uint8_t* chunk_bad;           // [chunks]: saw an expert that its token cannot see
 };
 
 // Working memory of one thread: columns of 16 lanes each, in two allocations.
@@ -377,6 +378,7 @@ UNIF2ACE_INLINE void backward_chunk(const Backward& a, int64_t chunk, Scratch& s
   const int k = problem.top_k;
   const int64_t begin = chunk * kChunk;
   const int count = static_cast<int>(problem.tokens - begin < kChunk ? problem.tokens - begin : kChunk);
+  bool bad = false;
   for (int group = 0; group < problem.groups; ++group) {
     const int first = static_cast<int>(problem.group_bounds[group]);
     const int n = static_cast<int>(problem.group_bounds[group + 1]) - first;
@@ -389,7 +391,10 @@ UNIF2ACE_INLINE void backward_chunk(const Backward& a, int64_t chunk, Scratch& s
         token[l] = begin + scratch.members[at + (l < live ? l : live - 1)];
         grad_logsumexp[l] = a.grad_logsumexp[token[l]];
         for (int j = 0; j < k; ++j) {
-          scratch.index[j * kLanes + l] = a.experts[token[l] * k + j] - first;
+          const int64_t column = static_cast<int64_t>(a.experts[token[l] * k + j]) - first;
+          const bool inside = column >= 0 && column < n;
+          bad |= !inside;
+          scratch.index[j * kLanes + l] = inside ? static_cast<int32_t>(column) : 0;  // refused, but not yet
           scratch.grad[j * kLanes + l] = problem.scale * a.grad_weights[token[l] * k + j];
         }
       }
@@ -399,6 +404,7 @@ UNIF2ACE_INLINE void backward_chunk(const Backward& a, int64_t chunk, Scratch& s
       store_tile(problem, token, live, first, n, scoring == Scoring::sigmoid ? scratch.q : scratch.p, a.grad_logits);
     }
   }
+  a.chunk_bad[chunk] = bad;
 }
 
 }  // namespace unif2ace::routing

@@ -84,8 +84,8 @@ def route(
         selection_bias: [E], added to the scores for choosing only, never to the weights.
         renormalize: make the weights of a token sum to `scale`.
         scale: factor on the weights.
-        check_finite: refuse non-finite logits and group ids out of range. Default: on for CPU tensors, off on GPUs,
-            where the check would have to wait for the device.
+        check_finite: refuse group ids out of range and non-finite logits where a token can see them. Default: on for
+            CPU tensors, off on GPUs, where the check would have to wait for the device.
         backend: see `unif2ace.ops.use_backend`.
 
     Returns:
@@ -147,9 +147,8 @@ def reference_route(
 ) -> tuple[Tensor, ...]:
     """The definition, differentiable: the fields of `RoutingPlan` in order. Arguments as in `route`, all given."""
     if check_finite:
-        _check_values(logits, token_group, len(group_bounds) - 1)
-    x = logits.to(_maths_dtype(logits))
-    visible = _visible(x, token_group, group_bounds)
+        _check_values(logits, token_group, group_bounds)
+    x, visible = _visible_logits(logits, token_group, group_bounds)
     z = _log_score(x, scoring)
     probability = _masked_softmax(z, visible)
 
@@ -162,7 +161,7 @@ def reference_route(
     # a stable sort, because torch.topk promises nothing about ties
     experts = torch.sort(preference, dim=-1, descending=True, stable=True).indices[:, :top_k]
 
-    weights = _weights(x, z, experts, visible, scoring, renormalize, scale)
+    weights = _weights(z, experts, visible, scoring, renormalize, scale)
     importance = _importance(probability, visible)
     logsumexp = x.masked_fill(~visible, -torch.inf).logsumexp(dim=-1)
     experts = experts.int()
@@ -180,6 +179,12 @@ def _visible(x: Tensor, token_group: Tensor | None, group_bounds: Sequence[int])
     return (columns >= bounds[group]) & (columns < bounds[group + 1])
 
 
+def _visible_logits(logits: Tensor, token_group: Tensor | None, group_bounds: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The logits in the dtype of the maths, and which of them count; 0 stands for what counts as absent, even NaN."""
+    visible = _visible(logits, token_group, group_bounds)
+    return logits.to(_maths_dtype(logits)).masked_fill(~visible, 0.0), visible
+
+
 def _log_score(x: Tensor, scoring: str) -> Tensor:
     return F.logsigmoid(x) if scoring == "sigmoid" else x
 
@@ -188,16 +193,14 @@ def _masked_softmax(z: Tensor, visible: Tensor) -> Tensor:
     return z.masked_fill(~visible, -torch.inf).softmax(dim=-1)
 
 
-def _weights(
-    x: Tensor, z: Tensor, experts: Tensor, visible: Tensor, scoring: str, renormalize: bool, scale: float
-) -> Tensor:
+def _weights(z: Tensor, experts: Tensor, visible: Tensor, scoring: str, renormalize: bool, scale: float) -> Tensor:
     """[T, K] weights of the chosen experts, exactly as the module docstring has them."""
     chosen = z.gather(1, experts.long())
     if renormalize:
         return scale * chosen.softmax(dim=-1)
     if scoring == "sigmoid":
         return scale * chosen.exp()
-    return scale * (chosen - x.masked_fill(~visible, -torch.inf).logsumexp(dim=-1, keepdim=True)).exp()
+    return scale * _masked_softmax(z, visible).gather(1, experts.long())  # not exp(z - logsumexp): that rounds large z
 
 
 def _importance(probability: Tensor, visible: Tensor) -> Tensor:
@@ -220,10 +223,9 @@ def _route_backward_reference(
     """Gradient of `logits`; the chosen experts are given, so nothing is sorted again."""
 
     def floating_outputs(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x = logits.to(_maths_dtype(logits))
-        visible = _visible(x, token_group, group_bounds)
+        x, visible = _visible_logits(logits, token_group, group_bounds)
         z = _log_score(x, scoring)
-        weights = _weights(x, z, experts, visible, scoring, renormalize, scale)
+        weights = _weights(z, experts, visible, scoring, renormalize, scale)
         importance = _importance(_masked_softmax(z, visible), visible)
         return weights, importance, x.masked_fill(~visible, -torch.inf).logsumexp(dim=-1)
 
@@ -350,13 +352,15 @@ def _check_route(
     return bounds
 
 
-def _check_values(logits: Tensor, token_group: Tensor | None, groups: int) -> None:
-    bad = ~torch.isfinite(logits)
+def _check_values(logits: Tensor, token_group: Tensor | None, group_bounds: Sequence[int]) -> None:
+    """Refuse groups out of range, and values that are not finite among the logits that count."""
+    groups = len(group_bounds) - 1
+    if token_group is not None and token_group.numel() and not 0 <= token_group.min() <= token_group.max() < groups:
+        low, high = token_group.min().item(), token_group.max().item()
+        raise UserError(f"route: token_group must be 0 .. {groups - 1}, got values from {low} to {high}")
+    bad = ~torch.isfinite(logits) & _visible(logits, token_group, group_bounds)
     if bad.any():
         token, expert = bad.nonzero()[0].tolist()
         raise UserError(
             f"route: logits must be finite, got {logits[token, expert].item()} at token {token}, expert {expert}"
         )
-    if token_group is not None and token_group.numel() and not 0 <= token_group.min() <= token_group.max() < groups:
-        low, high = token_group.min().item(), token_group.max().item()
-        raise UserError(f"route: token_group must be 0 .. {groups - 1}, got values from {low} to {high}")

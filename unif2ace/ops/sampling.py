@@ -127,7 +127,7 @@ def reference_remask(
     rows, device = log_confidence.shape[0], log_confidence.device
     if rows == 0:
         return torch.empty(0, dtype=torch.bool, device=device)
-    offsets = row_offsets.to(torch.int64)
+    offsets = row_offsets.to(torch.int64).contiguous()  # strided, searchsorted would warn
     row = torch.arange(rows, device=device)
     image = torch.searchsorted(offsets, row, right=True) - 1  # empty images are skipped by right=True
     inside = (image >= 0) & (image < seeds.shape[0])  # rows outside the offsets get False
