@@ -31,7 +31,7 @@ struct Scratch {
 };
 
 void forward_tiles(const Mlp& p, void* y, char* pre_out) {
-  const Tiles cut(p.offsets, p.experts);
+  const Tiles cut(p.offsets, p.experts, forward_tile_count());
   const Rows source = p.rows_of(p.x);
   const Matrices w_up(p.w_up, p.up_rows, p.hidden), w_down(p.w_down, p.hidden, p.inner);
   const Biases b_up(p.b_up, p.up_rows), b_down(p.b_down, p.hidden);
