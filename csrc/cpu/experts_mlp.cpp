@@ -6,7 +6,7 @@
 // library wrote them until they are added up. Memory beside the results: slots * hidden elements, and one tile per
 // thread.
 //
-// Few rows per expert go another way: experts_few.cpp. The backward pass: experts_backward.cpp.
+// Few rows per expert go another way: experts_few.cpp. The backward pass: experts_mlp_backward.cpp.
 //
 // Which bits: those of a token depend on its row, its experts and the library, not on the number of threads nor on the
 // other tokens, as long as the batch stays on one side of is_few(): dot products sum in another order than the library.
