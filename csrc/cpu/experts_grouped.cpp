@@ -67,7 +67,7 @@ struct Scratch {
 };
 
 void multiply_tiles(const Grouped& p, char* out) {
-  const Tiles cut(p.offsets, p.experts);
+  const Tiles cut(p.offsets, p.experts, forward_tile_count());
   const Matrices b(p.b, p.width, p.length);
   const Biases bias(p.bias, p.width);
   run_tasks<Scratch>(cut.tiles.size(), [&](int64_t i, Scratch& scratch) {
@@ -185,7 +185,7 @@ std::tuple<Tensor, Tensor, Tensor> grouped_gemm_backward(const Tensor& grad_y, c
   Tensor grad_a = empty_cpu<2>({p.source_rows, p.length}, dtype);
   Tensor grad_b = empty_cpu<3>({p.experts, p.width, p.length}, dtype);
   Tensor grad_bias = p.bias ? empty_cpu<2>({p.experts, p.width}, dtype) : empty_cpu<1>({0}, dtype);
-  const Tiles cut(p.offsets, p.experts);
+  const Tiles cut(p.offsets, p.experts, kBackwardTiles);
   std::vector<float> sums(p.bias ? cut.tiles.size() * p.width : 0);
   gradient_of_rows(p, cut, grad, mutable_pointer<char>(grad_a), sums.data());
   const std::vector<Strip> strips = make_strips(p.offsets, p.experts, p.width, p.compute);

@@ -129,7 +129,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> expert_mlp_backward(
   Tensor grad_b_up = p.b_up ? empty_cpu<2>({p.experts, p.up_rows}, dtype) : empty_cpu<1>({0}, dtype);
   Tensor grad_b_down = p.b_down ? empty_cpu<2>({p.experts, p.hidden}, dtype) : empty_cpu<1>({0}, dtype);
 
-  const Tiles cut(p.offsets, p.experts);
+  const Tiles cut(p.offsets, p.experts, kBackwardTiles);
   float* weight_gradients = mutable_pointer<float>(grad_weights);
   const Rowwise rowwise = sweep_tiles(p, cut, grad, pointer<char>(pre), weight_gradients);
   for (int64_t m = p.offsets[p.experts]; m < p.slots; ++m) weight_gradients[p.order[m]] = 0.0f;

@@ -6,7 +6,7 @@
 // library wrote them until they are added up. Memory beside the results: slots * hidden elements, and one tile per
 // thread.
 //
-// Few rows per expert go another way: experts_few.cpp. The backward pass: experts_backward.cpp.
+// Few rows per expert go another way: experts_few.cpp. The backward pass: experts_mlp_backward.cpp.
 //
 // Which bits: those of a token depend on its row, its experts and the library, not on the number of threads nor on the
 // other tokens, as long as the batch stays on one side of is_few(): dot products sum in another order than the library.
@@ -31,7 +31,7 @@ struct Scratch {
 };
 
 void forward_tiles(const Mlp& p, void* y, char* pre_out) {
-  const Tiles cut(p.offsets, p.experts);
+  const Tiles cut(p.offsets, p.experts, forward_tile_count());
   const Rows source = p.rows_of(p.x);
   const Matrices w_up(p.w_up, p.up_rows, p.hidden), w_down(p.w_down, p.hidden, p.inner);
   const Biases b_up(p.b_up, p.up_rows), b_down(p.b_down, p.hidden);
