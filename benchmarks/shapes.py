@@ -112,6 +112,24 @@ class ModelShape:
     update: bool = True
 
 
+@dataclass(frozen=True)
+class LinearShape:
+    """M = rows of width K times a matrix of `columns` rows: a projection."""
+
+    rows: int
+    width: int
+    columns: int
+
+
+@dataclass(frozen=True)
+class RotaryShape:
+    """The queries (or keys) of T tokens."""
+
+    tokens: int
+    heads: int
+    head_dim: int
+
+
 ROUTING = {
     "decode-1": RoutingShape(1, (0, 8, 16), 4),
     "decode-64": RoutingShape(64, (0, 8, 16), 4),
@@ -207,6 +225,16 @@ MODELS = {
     "random-100m": ModelShape(2, 3, (6, 2), update=False),
 }
 
+LINEAR = {
+    "decode-8": LinearShape(8, 2048, 6144),
+    "train": LinearShape(8192, 2048, 6144),
+    "laptop": LinearShape(32 * 66, 192, 576),
+}
+ROTARY = {
+    "generate-32": RotaryShape(2 * 32 * 258, 32, 64),
+    "laptop": RotaryShape(32 * 66, 6, 32),
+}
+
 # What `make bench` runs, by benchmark file: on two cores all of it has to end within three minutes.
 SHORT = {
     "routing": ("decode-64", "train"),
@@ -215,6 +243,8 @@ SHORT = {
     "sampling": ("laptop-512",),
     "diffusion_loss": ("laptop-2048",),
     "omni_attention": ("laptop",),
+    "linear": ("laptop",),
+    "rotary": ("laptop",),
     "e2e": ("avatars-tiny",),
 }
 

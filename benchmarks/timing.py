@@ -29,7 +29,7 @@ Call = Callable[[], object]
 
 MIN_SECONDS = 2e-3  # 1000 times the resolution of events on current GPUs, and far above that of perf_counter
 MIN_ROUNDS, MAX_ROUNDS = 5, 21
-BUDGET = 0.7  # seconds of rounds per comparison; more rounds than the minimum only for calls that are quick
+BUDGET = 0.5  # seconds of rounds per comparison; more rounds than the minimum only for calls that are quick
 LONG = 0.1  # seconds; a call of that length is not repeated within a measurement, and costs enough as it is
 GRAPH_WARMUP = 3  # calls before a capture: compile, choose algorithms, fill the allocator's pools
 L2_BYTES = 256 * 2**20  # more than the L2 cache of any current GPU

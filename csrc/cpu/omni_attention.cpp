@@ -22,6 +22,7 @@
 #include "cpu/convert.h"
 #include "cpu/isa.h"
 #include "cpu/tensors.h"
+#include "cpu/transpose.h"
 
 namespace unif2ace::omni_attention {
 namespace {
@@ -158,15 +159,6 @@ UNIF2ACE_INLINE float softmax_row(float* score, int64_t visible, int64_t wide) {
   for (int step = kLanes / 2; step > 0; step /= 2)
     for (int l = 0; l < step; ++l) lanes[l] += lanes[l + step];
   return lanes[0];
-}
-
-// to[d][r] = from[r][d] for 4 rows and `dim` (a multiple of 4) dimensions.
-UNIF2ACE_INLINE void transpose_rows(const float* from, int64_t from_stride, int64_t dim, float* to, int64_t to_stride) {
-  for (int64_t d = 0; d < dim; d += 4) {
-    const Floats4 a = load<Floats4>(from + d), b = load<Floats4>(from + from_stride + d);
-    const Floats4 c = load<Floats4>(from + 2 * from_stride + d), e = load<Floats4>(from + 3 * from_stride + d);
-    for (int i = 0; i < 4; ++i) store(to + (d + i) * to_stride, Floats4{a[i], b[i], c[i], e[i]});
-  }
 }
 
 // A head's keys as [dim, keys] and its values as [keys, dim], zeros where they are padded: nobody sees the padding, but

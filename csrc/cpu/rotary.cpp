@@ -1,22 +1,24 @@
 // Native CPU kernels of the op `rotary`: LayerNorm over each head and rotary embedding, in one pass, and its gradient.
 //
-// Semantics: unif2ace/ops/rotary.py. A head is short (32 or 64 numbers), so it stays in the first-level cache as
-// float32 from its load to its store; the sums over a head run over 16 lanes, whatever the width of the vectors, and
-// gradients of weight and bias are summed per chunk of tokens, then chunk by chunk: the same bits for any number of
-// threads and any instruction set.
+// Semantics: unif2ace/ops/rotary.py. A head is short (32 or 64 numbers), so the lanes run over *tokens*: one head of 16
+// tokens is loaded, transposed to x[dimension][token], and every loop is "for each dimension, for all 16 tokens". No
+// sums across lanes, the angles of 16 tokens serve all their heads, and a token's numbers depend on nothing else.
+//
+// Gradients of weight and bias are summed per lane and chunk of tokens, then chunk by chunk: the same bits for any
+// number of threads and any instruction set.
 #include <algorithm>
-#include <cmath>
 #include <tuple>
 #include <vector>
 
 #include "cpu/convert.h"
 #include "cpu/isa.h"
 #include "cpu/tensors.h"
+#include "cpu/transpose.h"
 
 namespace unif2ace::rotary {
 namespace {
 
-constexpr int kLanes = 16;
+constexpr int kLanes = 16;      // tokens of a tile
 constexpr int64_t kChunk = 64;  // tokens: fixed, so that sums do not depend on the number of threads
 
 struct Heads {
@@ -27,27 +29,36 @@ struct Heads {
 struct Problem {
   ScalarType dtype;
   int64_t tokens, heads;
-  int dim, wide, half;  // wide: dim rounded up to whole lanes; half: r
+  int dim, half;  // half: r
   float eps;
   Heads x, grad;  // grad: of the result, in backward
   const void *weight, *bias, *cos, *sin;
   void* out;            // result, or gradient of x: [tokens, heads, dim], contiguous
-  float* chunk_weight;  // [chunks, wide]: gradients of this chunk's tokens
+  float* chunk_weight;  // [chunks, dim]: gradients of this chunk's tokens
   float* chunk_bias;
 };
 
-// Working memory of one thread: rows of `wide` floats.
+constexpr int padded(int n) {
+  return (n + kLanes - 1) / kLanes * kLanes;
+}
+
+// Working memory of one thread. Tiles are [dimension][token], their dimensions padded to whole lanes.
 struct Scratch {
   std::vector<float> floats;
-  float *weight, *bias, *x, *grad, *cos, *sin;
+  float *rows, *x, *grad, *cos, *sin, *sum_weight, *sum_bias, *weight, *bias;
 
-  explicit Scratch(const Problem& a) : floats(6 * a.wide) {
-    weight = floats.data();
-    bias = weight + a.wide;
-    x = bias + a.wide;
-    grad = x + a.wide;
-    cos = grad + a.wide;
-    sin = cos + a.wide;
+  explicit Scratch(const Problem& a) {
+    const int wide = padded(a.dim), tile = wide * kLanes;
+    floats.resize(7 * tile + 2 * wide);
+    rows = floats.data();  // [token][dimension]
+    x = rows + tile;
+    grad = x + tile;
+    cos = grad + tile;
+    sin = cos + tile;
+    sum_weight = sin + tile;
+    sum_bias = sum_weight + tile;
+    weight = sum_bias + tile;
+    bias = weight + wide;
   }
 };
 
@@ -77,85 +88,129 @@ UNIF2ACE_INLINE void store_row(const float* from, int n, T* to) {
   if (i < n) store_some(to + i, load<F>(from + i), n - i);
 }
 
+// n numbers of each of 16 tokens, transposed. A short last tile repeats its last token.
 template <class F>
-UNIF2ACE_INLINE void store_head(const Problem& a, int64_t token, int64_t head, const float* from) {
-  const int64_t at = (token * a.heads + head) * a.dim;
-  if (a.dtype == ScalarType::Float)
-    store_row<F>(from, a.dim, static_cast<float*>(a.out) + at);
-  else if (a.dtype == ScalarType::BFloat16)
-    store_row<F>(from, a.dim, static_cast<BFloat16*>(a.out) + at);
-  else
-    store_row<F>(from, a.dim, static_cast<Half*>(a.out) + at);
+UNIF2ACE_INLINE void load_tile(ScalarType dtype, const void* from, int64_t at, int64_t stride, int64_t live, int n,
+                               float* rows, float* to) {
+  const int wide = padded(n);
+  for (int64_t l = 0; l < kLanes; ++l)
+    load_row<F>(dtype, from, at + std::min(l, live - 1) * stride, n, rows + l * wide);
+  for (int l = 0; l < kLanes; l += 4) transpose_rows(rows + l * wide, wide, wide, to + l, kLanes);
 }
 
-// Sum over a row of term(i, x): lanes first, then across them in pairs.
-template <class F, class Term>
-UNIF2ACE_INLINE float sum_row(int wide, const Term& term) {
-  constexpr int parts = kLanes / kWidth<F>;
-  F sums[parts];
-  for (int p = 0; p < parts; ++p) sums[p] = F{};
-  for (int i = 0; i < wide; i += kLanes)
-    for (int p = 0; p < parts; ++p) sums[p] += term(i + p * kWidth<F>);
-  float lanes[kLanes];
-  memcpy(lanes, sums, sizeof lanes);
-  for (int step = kLanes / 2; step > 0; step /= 2)
-    for (int l = 0; l < step; ++l) lanes[l] += lanes[l + step];
-  return lanes[0];
+template <class F>
+UNIF2ACE_INLINE void store_tile(const Problem& a, int64_t token, int64_t live, int64_t head, const float* from,
+                                float* rows) {
+  const int wide = padded(a.dim);
+  for (int d = 0; d < wide; d += 4) transpose_rows(from + d * kLanes, kLanes, kLanes, rows + d, wide);
+  for (int64_t l = 0; l < live; ++l) {
+    const int64_t at = ((token + l) * a.heads + head) * a.dim;
+    const float* row = rows + l * wide;
+    if (a.dtype == ScalarType::Float)
+      store_row<F>(row, a.dim, static_cast<float*>(a.out) + at);
+    else if (a.dtype == ScalarType::BFloat16)
+      store_row<F>(row, a.dim, static_cast<BFloat16*>(a.out) + at);
+    else
+      store_row<F>(row, a.dim, static_cast<Half*>(a.out) + at);
+  }
 }
 
-// One factor or a product of two, as terms of sum_row. (Not lambdas: those would not carry the instruction set.)
-template <class F>
-struct Row {
-  const float* x;
-  UNIF2ACE_INLINE F operator()(int i) const { return load<F>(x + i); }
-};
-template <class F>
-struct Product {
-  const float *x, *y;
-  UNIF2ACE_INLINE F operator()(int i) const { return load<F>(x + i) * load<F>(y + i); }
-};
+// The functions below handle the F-wide part of a tile that starts at the given pointers.
 
-// x -> (x - mean) / sqrt(var + eps) in place, zeros kept behind the head; returns 1 / sqrt(var + eps).
+// Square root by the scalar instruction, lane by lane: it is exact everywhere, and needed once per head.
 template <class F>
-UNIF2ACE_INLINE float normalise(const Problem& a, float* x) {
-  const float mean = sum_row<F>(a.wide, Row<F>{x}) / static_cast<float>(a.dim);
-  for (int i = 0; i < a.wide; i += kWidth<F>) store(x + i, load<F>(x + i) - mean);
-  for (int i = a.dim; i < a.wide; ++i) x[i] = 0.0f;
-  const float variance = sum_row<F>(a.wide, Product<F>{x, x}) / static_cast<float>(a.dim);
-  const float scale = 1.0f / __builtin_sqrtf(variance + a.eps);
-  for (int i = 0; i < a.wide; i += kWidth<F>) store(x + i, load<F>(x + i) * scale);
+UNIF2ACE_INLINE F inverse_root(F x) {
+  float lanes[kWidth<F>];
+  store(lanes, x);
+  for (int l = 0; l < kWidth<F>; ++l) lanes[l] = 1.0f / __builtin_sqrtf(lanes[l]);
+  return load<F>(lanes);
+}
+
+// x -> (x - mean) / sqrt(var + eps) in place; returns 1 / sqrt(var + eps).
+template <class F>
+UNIF2ACE_INLINE F normalise(const Problem& a, float* x) {
+  const float count = static_cast<float>(a.dim);
+  F sum{}, squares{};
+  for (int d = 0; d < a.dim; ++d) sum += load<F>(x + d * kLanes);
+  const F mean = sum / count;
+  for (int d = 0; d < a.dim; ++d) {
+    const F deviation = load<F>(x + d * kLanes) - mean;
+    squares += deviation * deviation;
+  }
+  const F scale = inverse_root(squares / count + a.eps);
+  for (int d = 0; d < a.dim; ++d) store(x + d * kLanes, (load<F>(x + d * kLanes) - mean) * scale);
   return scale;
 }
 
 // Turns the first 2 half dimensions by the angles; with `sign` -1 back.
+template <class F>
 UNIF2ACE_INLINE void rotate(float* x, const float* cos, const float* sin, int half, float sign) {
-  float* second = x + half;
   for (int i = 0; i < half; ++i) {
-    const float a = x[i], b = second[i], s = sign * sin[i];
-    x[i] = a * cos[i] - b * s;
-    second[i] = b * cos[i] + a * s;
+    const F c = load<F>(cos + i * kLanes), s = load<F>(sin + i * kLanes) * sign;
+    const F first = load<F>(x + i * kLanes), second = load<F>(x + (half + i) * kLanes);
+    store(x + i * kLanes, first * c - second * s);
+    store(x + (half + i) * kLanes, second * c + first * s);
   }
 }
 
 template <class F>
-UNIF2ACE_INLINE void load_angles(const Problem& a, int64_t token, const Scratch& s) {
-  load_row<F>(a.dtype, a.cos, token * a.half, a.half, s.cos);
-  load_row<F>(a.dtype, a.sin, token * a.half, a.half, s.sin);
+UNIF2ACE_INLINE void forward_part(const Problem& a, const Scratch& s, int lane) {
+  float* x = s.x + lane;
+  normalise<F>(a, x);
+  for (int d = 0; d < a.dim; ++d) store(x + d * kLanes, load<F>(x + d * kLanes) * s.weight[d] + s.bias[d]);
+  rotate<F>(x, s.cos + lane, s.sin + lane, a.half, 1.0f);
+}
+
+// Leaves the gradient of x in its place and adds to the sums; `counted` is 0 in lanes that repeat a token.
+template <class F>
+UNIF2ACE_INLINE void backward_part(const Problem& a, const Scratch& s, int lane, const float* counted) {
+  const float count = static_cast<float>(a.dim);
+  float *x = s.x + lane, *grad = s.grad + lane;
+  const F scale = normalise<F>(a, x), once = load<F>(counted + lane);
+  rotate<F>(grad, s.cos + lane, s.sin + lane, a.half, -1.0f);
+  F mean{}, slope{};
+  for (int d = 0; d < a.dim; ++d) {
+    const F g = load<F>(grad + d * kLanes), u = load<F>(x + d * kLanes), v = g * s.weight[d];
+    float *sum_weight = s.sum_weight + d * kLanes + lane, *sum_bias = s.sum_bias + d * kLanes + lane;
+    store(sum_weight, load<F>(sum_weight) + g * u * once);
+    store(sum_bias, load<F>(sum_bias) + g * once);
+    store(grad + d * kLanes, v);
+    mean += v;
+    slope += v * u;
+  }
+  mean = mean / count;
+  slope = slope / count;
+  for (int d = 0; d < a.dim; ++d) {
+    const F u = load<F>(x + d * kLanes);
+    store(x + d * kLanes, (load<F>(grad + d * kLanes) - mean - u * slope) * scale);
+  }
+}
+
+template <class F>
+UNIF2ACE_INLINE void load_angles(const Problem& a, int64_t token, int64_t live, const Scratch& s) {
+  load_tile<F>(a.dtype, a.cos, token * a.half, a.half, live, a.half, s.rows, s.cos);
+  load_tile<F>(a.dtype, a.sin, token * a.half, a.half, live, a.half, s.rows, s.sin);
+}
+
+template <class F>
+UNIF2ACE_INLINE void load_heads(const Problem& a, const Heads& heads, int64_t token, int64_t live, int64_t head,
+                                const Scratch& s, float* to) {
+  load_tile<F>(a.dtype, heads.data, token * heads.stride_token + head * heads.stride_head, heads.stride_token, live,
+               a.dim, s.rows, to);
 }
 
 template <class F>
 UNIF2ACE_INLINE void forward_body(const Problem& a, int64_t first, int64_t last, const Scratch& s) {
   load_row<F>(a.dtype, a.weight, 0, a.dim, s.weight);
   load_row<F>(a.dtype, a.bias, 0, a.dim, s.bias);
-  for (int64_t token = first * kChunk; token < std::min(last * kChunk, a.tokens); ++token) {
-    load_angles<F>(a, token, s);
+  const int64_t end = std::min(last * kChunk, a.tokens);
+  for (int64_t token = first * kChunk; token < end; token += kLanes) {
+    const int64_t live = std::min<int64_t>(kLanes, end - token);
+    load_angles<F>(a, token, live, s);
     for (int64_t head = 0; head < a.heads; ++head) {
-      load_row<F>(a.dtype, a.x.data, token * a.x.stride_token + head * a.x.stride_head, a.dim, s.x);
-      normalise<F>(a, s.x);
-      for (int i = 0; i < a.wide; i += kWidth<F>)
-        store(s.x + i, load<F>(s.x + i) * load<F>(s.weight + i) + load<F>(s.bias + i));
-      rotate(s.x, s.cos, s.sin, a.half, 1.0f);
-      store_head<F>(a, token, head, s.x);
+      load_heads<F>(a, a.x, token, live, head, s, s.x);
+      for (int lane = 0; lane < kLanes; lane += kWidth<F>) forward_part<F>(a, s, lane);
+      store_tile<F>(a, token, live, head, s.x, s.rows);
     }
   }
 }
@@ -163,28 +218,26 @@ UNIF2ACE_INLINE void forward_body(const Problem& a, int64_t first, int64_t last,
 template <class F>
 UNIF2ACE_INLINE void backward_body(const Problem& a, int64_t first, int64_t last, const Scratch& s) {
   load_row<F>(a.dtype, a.weight, 0, a.dim, s.weight);
-  const float count = static_cast<float>(a.dim);
+  float counted[kLanes];
   for (int64_t chunk = first; chunk < last; ++chunk) {
-    float *sum_weight = a.chunk_weight + chunk * a.wide, *sum_bias = a.chunk_bias + chunk * a.wide;
-    for (int64_t token = chunk * kChunk; token < std::min((chunk + 1) * kChunk, a.tokens); ++token) {
-      load_angles<F>(a, token, s);
+    const int64_t end = std::min((chunk + 1) * kChunk, a.tokens);
+    for (int i = 0; i < a.dim * kLanes; ++i) s.sum_weight[i] = s.sum_bias[i] = 0.0f;
+    for (int64_t token = chunk * kChunk; token < end; token += kLanes) {
+      const int64_t live = std::min<int64_t>(kLanes, end - token);
+      for (int l = 0; l < kLanes; ++l) counted[l] = l < live ? 1.0f : 0.0f;
+      load_angles<F>(a, token, live, s);
       for (int64_t head = 0; head < a.heads; ++head) {
-        load_row<F>(a.dtype, a.x.data, token * a.x.stride_token + head * a.x.stride_head, a.dim, s.x);
-        load_row<F>(a.dtype, a.grad.data, token * a.grad.stride_token + head * a.grad.stride_head, a.dim, s.grad);
-        const float scale = normalise<F>(a, s.x);
-        rotate(s.grad, s.cos, s.sin, a.half, -1.0f);
-        for (int i = 0; i < a.wide; i += kWidth<F>) {
-          const F g = load<F>(s.grad + i);
-          store(sum_weight + i, load<F>(sum_weight + i) + g * load<F>(s.x + i));
-          store(sum_bias + i, load<F>(sum_bias + i) + g);
-          store(s.grad + i, g * load<F>(s.weight + i));
-        }
-        const float mean = sum_row<F>(a.wide, Row<F>{s.grad}) / count;
-        const float slope = sum_row<F>(a.wide, Product<F>{s.grad, s.x}) / count;
-        for (int i = 0; i < a.wide; i += kWidth<F>)
-          store(s.x + i, (load<F>(s.grad + i) - mean - load<F>(s.x + i) * slope) * scale);
-        store_head<F>(a, token, head, s.x);
+        load_heads<F>(a, a.x, token, live, head, s, s.x);
+        load_heads<F>(a, a.grad, token, live, head, s, s.grad);
+        for (int lane = 0; lane < kLanes; lane += kWidth<F>) backward_part<F>(a, s, lane, counted);
+        store_tile<F>(a, token, live, head, s.x, s.rows);
       }
+    }
+    for (int d = 0; d < a.dim; ++d) {
+      float weight = 0.0f, bias = 0.0f;
+      for (int l = 0; l < kLanes; ++l) weight += s.sum_weight[d * kLanes + l], bias += s.sum_bias[d * kLanes + l];
+      a.chunk_weight[chunk * a.dim + d] = weight;
+      a.chunk_bias[chunk * a.dim + d] = bias;
     }
   }
 }
@@ -227,7 +280,6 @@ struct Arguments {
     a.tokens = x.size(0);
     a.heads = x.size(1);
     a.dim = dim;
-    a.wide = (dim + kLanes - 1) / kLanes * kLanes;
     a.half = static_cast<int>(cos.size(1));
     a.eps = static_cast<float>(eps);
     a.x = heads_of(x);
@@ -254,10 +306,10 @@ Tensor rotate_heads(const Tensor& x, const Tensor& weight, const Tensor& bias, c
 
 // Adds the chunks up, in order, as float64; the result takes the dtype of the parameter.
 Tensor sum_chunks(const std::vector<float>& sums, const Problem& a) {
-  std::vector<float> row(a.wide);
+  std::vector<float> row(a.dim);
   for (int i = 0; i < a.dim; ++i) {
     double sum = 0.0;
-    for (size_t at = i; at < sums.size(); at += a.wide) sum += sums[at];
+    for (size_t at = i; at < sums.size(); at += a.dim) sum += sums[at];
     row[i] = static_cast<float>(sum);
   }
   const Tensor total = torch::stable::from_blob(
@@ -276,7 +328,7 @@ std::tuple<Tensor, Tensor, Tensor> rotate_heads_backward(const Tensor& grad, con
   Tensor grad_x = empty_cpu<3>({x.size(0), x.size(1), x.size(2)}, aoti_dtype(x));
   Problem a = arguments.problem(eps, grad_x.mutable_data_ptr());
   a.grad = heads_of(grad_dense);
-  std::vector<float> weights(arguments.chunks() * a.wide), biases(arguments.chunks() * a.wide);
+  std::vector<float> weights(arguments.chunks() * a.dim), biases(arguments.chunks() * a.dim);
   a.chunk_weight = weights.data();
   a.chunk_bias = biases.data();
   torch::stable::parallel_for(0, arguments.chunks(), 1,
