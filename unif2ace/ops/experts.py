@@ -116,7 +116,8 @@ def expert_mlp(
     Cost: 2 * T * K * H * (I_up + I) FLOPs; see the module docstring.
     """
     _check_mlp(x, plan, w_up, w_down, b_up, b_down, activation)
-    indices = (index.to(torch.int32) for index in (plan.offsets, plan.order, plan.position))
+    named = {"plan.offsets": plan.offsets, "plan.order": plan.order, "plan.position": plan.position}
+    indices = (as_int32("expert_mlp", name, index) for name, index in named.items())
     arguments = (x, plan.weights, *indices, w_up, w_down, b_up, b_down, activation)
     name = _registry.choose("experts", backend, x.device, x.dtype)
     if name == "reference" and not torch.compiler.is_compiling():
