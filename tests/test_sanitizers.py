@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -76,13 +77,14 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
 
 
 def run_tests(*arguments: str, **environment: str) -> None:
-    """Run pytest under the sanitizers; fail with the end of what it said."""
+    """Run pytest under the sanitizers; fail with the first report of a sanitizer, or the end of what pytest said."""
     # Only sys is captured: a sanitizer writes to file descriptor 2 and ends the process, and its report has to survive.
     options = ("-q", "-x", "--capture=sys", "-p", "no:cacheprovider", "-o", "pythonpath=")
     done = run("-m", "pytest", *options, *arguments, **environment)
-    report = f"{done.stdout[-4000:]}\n{done.stderr[-8000:]}"
+    found = re.search(r"^.*(ERROR: AddressSanitizer|runtime error:)", done.stderr, re.MULTILINE)
+    report = done.stderr[found.start() :][:6000] if found else done.stdout[-4000:] + done.stderr[-4000:]
+    assert found is None, report
     assert done.returncode == 0, f"status {done.returncode}\n{report}"
-    assert "runtime error" not in done.stderr, report
 
 
 @pytest.fixture(scope="module")

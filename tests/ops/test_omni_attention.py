@@ -265,7 +265,8 @@ def test_compiles_into_one_graph(backend: str):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"q": torch.zeros(4, 2)}, r"q must be \[T, heads, dim\] floating point, got \[4, 2\] float32"),
+        ({"q": torch.zeros(4, 2)}, r"q must be \[T, heads, dim >= 1\] floating point, got \[4, 2\] float32"),
+        ({"q": torch.zeros(4, 2, 0)}, r"q must be \[T, heads, dim >= 1\] floating point, got \[4, 2, 0\] float32"),
         ({"k": torch.zeros(6, 2, 4)}, r"k must be \[S, 2, 8\] float32, the same for k and v, got \[6, 2, 4\] float32"),
         ({"v": torch.zeros(5, 2, 8)}, r"v must be \[S, 2, 8\] float32, the same for k and v, got \[5, 2, 8\] float32"),
         ({"v": torch.zeros(6, 2, 8).half()}, r"v must be .*, got \[6, 2, 8\] float16"),

@@ -27,3 +27,13 @@ def expect(op: str, name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.d
     if tuple(x.shape) != shape or not right_kind:
         kind = "integer" if dtype is None else dtype_name(dtype)
         raise UserError(f"{op}: {name} must be {list(shape)} {kind}, got {describe(x)}")
+
+
+def as_int32(op: str, name: str, x: Tensor) -> Tensor:
+    """`x` as int32; what int32 cannot hold would come out as another number, so on a CPU it is refused."""
+    narrow = x.to(torch.int32)
+    if x.dtype == torch.int64 and x.device.type == "cpu" and not torch.compiler.is_compiling():
+        lost = narrow != x
+        if bool(lost.any()):
+            raise UserError(f"{op}: {name} must fit into int32, got {int(x[lost][0])}")
+    return narrow

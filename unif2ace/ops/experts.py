@@ -31,7 +31,7 @@ from torch.nn import functional as F
 
 from unif2ace.errors import UserError
 from unif2ace.ops import _registry
-from unif2ace.ops._checks import describe, expect
+from unif2ace.ops._checks import as_int32, describe, expect
 from unif2ace.ops.routing import RoutingPlan
 
 ACTIVATIONS = ("gelu_tanh", "gelu", "silu", "relu2", "swiglu", "geglu")
@@ -68,8 +68,8 @@ def grouped_gemm(
     Cost: 2 * M * N * K FLOPs; a, the used b[e] and the result once over memory.
     """
     _check_grouped(a, b, offsets, bias, gather, out)
-    offsets = offsets.to(torch.int32)
-    gather = None if gather is None else gather.to(torch.int32)
+    offsets = as_int32("grouped_gemm", "offsets", offsets)
+    gather = None if gather is None else as_int32("grouped_gemm", "gather", gather)
     name = _registry.choose("experts", backend, a.device, a.dtype)
     if name == "reference" and not torch.compiler.is_compiling():
         result = reference_grouped_gemm(a, b, offsets, bias, gather)
@@ -116,7 +116,8 @@ def expert_mlp(
     Cost: 2 * T * K * H * (I_up + I) FLOPs; see the module docstring.
     """
     _check_mlp(x, plan, w_up, w_down, b_up, b_down, activation)
-    indices = (index.to(torch.int32) for index in (plan.offsets, plan.order, plan.position))
+    named = {"plan.offsets": plan.offsets, "plan.order": plan.order, "plan.position": plan.position}
+    indices = (as_int32("expert_mlp", name, index) for name, index in named.items())
     arguments = (x, plan.weights, *indices, w_up, w_down, b_up, b_down, activation)
     name = _registry.choose("experts", backend, x.device, x.dtype)
     if name == "reference" and not torch.compiler.is_compiling():

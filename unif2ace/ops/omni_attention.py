@@ -265,8 +265,8 @@ def omni_attention(
 
     Cost: sum over blocks of 4 * q_len * k_len * heads * dim FLOPs; no mask tensor, no pads.
     """
-    if q.dim() != 3 or not q.is_floating_point():
-        raise UserError(f"omni_attention: q must be [T, heads, dim] floating point, got {describe(q)}")
+    if q.dim() != 3 or not q.is_floating_point() or q.shape[2] == 0:
+        raise UserError(f"omni_attention: q must be [T, heads, dim >= 1] floating point, got {describe(q)}")
     for name, x in (("k", k), ("v", v)):
         if x.dim() != 3 or x.shape[1:] != q.shape[1:] or x.dtype != q.dtype or x.shape != k.shape:
             expected = f"[S, {q.shape[1]}, {q.shape[2]}] {dtype_name(q.dtype)}, the same for k and v"

@@ -38,7 +38,7 @@ from torch.nn import functional as F
 
 from unif2ace.errors import UserError
 from unif2ace.ops import _registry
-from unif2ace.ops._checks import describe, is_integer
+from unif2ace.ops._checks import as_int32, describe, is_integer
 
 SCORINGS = ("softmax", "sigmoid")
 INT32_MAX = 2**31 - 1
@@ -98,7 +98,7 @@ def route(
     """
     bounds = _check_route(logits, top_k, token_group, group_bounds, scoring, selection_bias)
     if token_group is not None:
-        token_group = token_group.to(torch.int32)
+        token_group = as_int32("route", "token_group", token_group)
     if selection_bias is not None:
         selection_bias = selection_bias.detach().to(_maths_dtype(logits))
     if check_finite is None:

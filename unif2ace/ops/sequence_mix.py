@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from unif2ace.errors import UserError
 from unif2ace.ops import _registry
-from unif2ace.ops._checks import describe, is_integer
+from unif2ace.ops._checks import as_int32, describe, is_integer
 
 
 def mix_sequences(
@@ -61,7 +61,7 @@ def mix_sequences(
     """
     features = list(features)
     _check_mix(x, scale, features, coefficients, row_offsets, residual, layer_scale)
-    row_offsets = row_offsets.to(torch.int32)
+    row_offsets = as_int32("mix_sequences", "row_offsets", row_offsets)
     name = _registry.choose("sequence_mix", backend, x.device, x.dtype)
     if name == "reference" and not torch.compiler.is_compiling():
         return reference_mix_sequences(x, scale, features, coefficients, row_offsets, residual, layer_scale)
