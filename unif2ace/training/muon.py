@@ -21,6 +21,8 @@ import math
 import torch
 from torch import nn
 
+from unif2ace.ops import linear
+
 SMALLEST_SIDE = 32  # below this many rows or columns there are few directions to even out: AdamW does as well
 OUTPUT_LAYERS = ("head", "heads")  # their rows, like those of an embedding, are learned one class at a time
 
@@ -106,6 +108,11 @@ def orthogonalise(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
     x = matrix if wide else matrix.mT  # the product X X^T is then the small one
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
-        gram = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+        gram = _product(x, x)
+        x = 3.4445 * x + _product(-4.7750 * gram + 2.0315 * _product(gram, gram), x.mT)  # gram is symmetric
     return x if wide else x.mT
+
+
+def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a b^T, for one matrix by the op `linear`, which on CPUs may know a faster library than PyTorch's choice."""
+    return linear(a, b) if a.dim() == 2 else a @ b.mT
