@@ -221,8 +221,8 @@ ATTENTION_SMALL = {
 }
 
 MODELS = {
-    "avatars-tiny": ModelShape(4, 6, (12, 5)),
-    "random-100m": ModelShape(2, 3, (6, 2), update=False),
+    "avatars-tiny": ModelShape(8, 6, (24, 10)),  # the batch of recipes/avatars-tiny.toml
+    "random-100m": ModelShape(4, 3, (6, 2), update=False),
 }
 
 LINEAR = {
