@@ -19,37 +19,26 @@
 #include <utility>
 #include <vector>
 
-#include "cpu/convert.h"
+#include "cpu/heads.h"
 #include "cpu/isa.h"
-#include "cpu/tensors.h"
 #include "cpu/transpose.h"
 
 namespace unif2ace::omni_attention {
 namespace {
 
-constexpr int kLanes = 16;      // padding unit of keys and dimensions, and the lanes of the softmax sum
 constexpr int kPart = 128;      // keys per running sum of an output
 constexpr int kTile = 8;        // query rows that are scored together
 constexpr int kBlockWidth = 5;  // q_start, q_end, k_start, k_end, causal
 
-struct Rows {
-  const void* data;
-  int64_t stride_row, stride_head;  // elements; the head's dimensions are contiguous
-};
-
 struct Problem {
   ScalarType dtype;
-  Rows q, k, v;
+  Heads q, k, v;
   void* out;  // [T, heads, dim], contiguous
   int64_t heads;
   int dim;
   float scale;
   const int64_t* blocks;
 };
-
-constexpr int64_t padded(int64_t n) {
-  return (n + kLanes - 1) / kLanes * kLanes;
-}
 
 // Working memory of one thread, for the longest block.
 struct Scratch {
@@ -68,32 +57,10 @@ struct Scratch {
   }
 };
 
-// One head's row as float32, times `factor`, zeros up to the padded width.
-template <class F, class T>
-UNIF2ACE_INLINE void load_row(const Rows& rows, int64_t row, int64_t head, int dim, float factor, float* to) {
-  const T* from = static_cast<const T*>(rows.data) + row * rows.stride_row + head * rows.stride_head;
-  int d = 0;
-  for (; d + kWidth<F> <= dim; d += kWidth<F>) store(to + d, load_floats<F>(from + d) * factor);
-  if (d < dim) store(to + d, load_some<F>(from + d, dim - d) * factor), d += kWidth<F>;
-  for (; d < padded(dim); d += kWidth<F>) store(to + d, F{});
-}
-
+// One head of one token, as float32.
 template <class F>
-UNIF2ACE_INLINE void load_row(const Problem& a, const Rows& rows, int64_t row, int64_t head, float factor, float* to) {
-  if (a.dtype == ScalarType::Float)
-    load_row<F, float>(rows, row, head, a.dim, factor, to);
-  else if (a.dtype == ScalarType::BFloat16)
-    load_row<F, BFloat16>(rows, row, head, a.dim, factor, to);
-  else
-    load_row<F, Half>(rows, row, head, a.dim, factor, to);
-}
-
-template <class F, class T>
-UNIF2ACE_INLINE void store_row(const Problem& a, int64_t row, int64_t head, const float* from, float divisor) {
-  T* to = static_cast<T*>(a.out) + (row * a.heads + head) * a.dim;
-  int d = 0;
-  for (; d + kWidth<F> <= a.dim; d += kWidth<F>) store_floats(to + d, load<F>(from + d) / divisor);
-  if (d < a.dim) store_some(to + d, load<F>(from + d) / divisor, a.dim - d);
+UNIF2ACE_INLINE void load_head(const Problem& a, const Heads& heads, int64_t token, int64_t head, float* to) {
+  load_row<F>(a.dtype, heads.data, heads.at(token, head), a.dim, to);
 }
 
 // acc[row][vector] += x[row][i] * y[i][vector] for i in [0, n): the inner product of both matrix multiplications.
@@ -171,14 +138,15 @@ UNIF2ACE_INLINE std::pair<const float*, int64_t> prepare(const Problem& a, int64
     float* rows = s.out;  // not in use yet: room for kTile rows
     for (int64_t r = 0; r < 4; ++r)
       if (j + r < k_len)
-        load_row<F>(a, a.k, k_start + j + r, head, 1.0f, rows + r * wide);
+        load_head<F>(a, a.k, k_start + j + r, head, rows + r * wide);
       else
         for (int64_t d = 0; d < wide; ++d) rows[r * wide + d] = 0.0f;
     transpose_rows(rows, wide, wide, s.keys + j, keys_wide);
   }
   if (a.dtype == ScalarType::Float && a.dim == wide)
-    return {static_cast<const float*>(a.v.data) + k_start * a.v.stride_row + head * a.v.stride_head, a.v.stride_row};
-  for (int64_t j = 0; j < k_len; ++j) load_row<F>(a, a.v, k_start + j, head, 1.0f, s.values + j * wide);
+    return {static_cast<const float*>(a.v.data) + k_start * a.v.stride_token + head * a.v.stride_head,
+            a.v.stride_token};
+  for (int64_t j = 0; j < k_len; ++j) load_head<F>(a, a.v, k_start + j, head, s.values + j * wide);
   return {s.values, wide};
 }
 
@@ -190,8 +158,11 @@ UNIF2ACE_INLINE void attend(const Problem& a, const int64_t* block, int64_t head
   const auto [values, values_stride] = prepare<F>(a, k_start, k_len, head, s);
   for (int64_t first = 0; first < q_len; first += kTile) {
     const int64_t live = std::min<int64_t>(kTile, q_len - first);
-    for (int r = 0; r < kTile; ++r)  // a short last tile repeats its last row
-      load_row<F>(a, a.q, q_start + first + std::min<int64_t>(r, live - 1), head, a.scale, s.query + r * wide);
+    for (int64_t r = 0; r < kTile; ++r) {  // a short last tile repeats its last row
+      float* row = s.query + r * wide;
+      load_head<F>(a, a.q, q_start + first + std::min(r, live - 1), head, row);
+      for (int64_t d = 0; d < wide; d += kWidth<F>) store(row + d, load<F>(row + d) * a.scale);
+    }
     const int64_t seen = causal ? k_len - q_len + first + live : k_len;  // by the last row of the tile
     const int64_t seen_wide = padded(seen);
     multiply_tile<F>(live, s.query, wide, s.keys, keys_wide, a.dim, seen_wide, s.scores, keys_wide, false);
@@ -203,13 +174,9 @@ UNIF2ACE_INLINE void attend(const Problem& a, const int64_t* block, int64_t head
       multiply_tile<F>(live, s.scores + j, keys_wide, values + j * values_stride, values_stride,
                        std::min<int64_t>(kPart, seen - j), wide, s.out, wide, j > 0);
     for (int64_t r = 0; r < live; ++r) {
-      const int64_t row = q_start + first + r;
-      if (a.dtype == ScalarType::Float)
-        store_row<F, float>(a, row, head, s.out + r * wide, s.sums[r]);
-      else if (a.dtype == ScalarType::BFloat16)
-        store_row<F, BFloat16>(a, row, head, s.out + r * wide, s.sums[r]);
-      else
-        store_row<F, Half>(a, row, head, s.out + r * wide, s.sums[r]);
+      float* row = s.out + r * wide;
+      for (int64_t d = 0; d < wide; d += kWidth<F>) store(row + d, load<F>(row + d) / s.sums[r]);
+      store_row<F>(a.dtype, row, a.dim, a.out, ((q_start + first + r) * a.heads + head) * a.dim);
     }
   }
 }
@@ -222,15 +189,6 @@ UNIF2ACE_INLINE void attend_body(const Problem& a, int64_t begin, int64_t end, c
 
 UNIF2ACE_MULTIVERSION(run_attend, attend_body, (const Problem& a, int64_t begin, int64_t end, const Scratch& scratch),
                       (a, begin, end, scratch))
-
-// Any strides but within a head's dimensions.
-Tensor with_dense_heads(const Tensor& x) {
-  return x.size(2) == 1 || x.stride(2) == 1 ? x : dense(x);
-}
-
-Rows rows_of(const Tensor& x) {
-  return {x.const_data_ptr(), x.stride(0), x.stride(1)};
-}
 
 Tensor omni_attention(const Tensor& q, const Tensor& k, const Tensor& v, std::vector<int64_t> blocks, double scale) {
   check_float("omni_attention", "q", q);
@@ -255,12 +213,12 @@ Tensor omni_attention(const Tensor& q, const Tensor& k, const Tensor& v, std::ve
   }
   check(covered == rows, "omni_attention: blocks cover ", covered, " of ", rows, " query rows");
 
-  const Tensor q_dense = with_dense_heads(q), k_dense = with_dense_heads(k), v_dense = with_dense_heads(v);
+  const Tensor q_dense = dense_heads(q), k_dense = dense_heads(k), v_dense = dense_heads(v);
   Tensor out = empty_cpu<3>({rows, heads, q.size(2)}, aoti_dtype(q));
   const Problem a{q.scalar_type(),
-                  rows_of(q_dense),
-                  rows_of(k_dense),
-                  rows_of(v_dense),
+                  heads_of(q_dense),
+                  heads_of(k_dense),
+                  heads_of(v_dense),
                   out.mutable_data_ptr(),
                   heads,
                   static_cast<int>(q.size(2)),

@@ -10,21 +10,14 @@
 #include <tuple>
 #include <vector>
 
-#include "cpu/convert.h"
+#include "cpu/heads.h"
 #include "cpu/isa.h"
-#include "cpu/tensors.h"
 #include "cpu/transpose.h"
 
 namespace unif2ace::rotary {
 namespace {
 
-constexpr int kLanes = 16;      // tokens of a tile
 constexpr int64_t kChunk = 64;  // tokens: fixed, so that sums do not depend on the number of threads
-
-struct Heads {
-  const void* data;
-  int64_t stride_token, stride_head;  // elements; a head's dimensions are contiguous
-};
 
 struct Problem {
   ScalarType dtype;
@@ -38,17 +31,13 @@ struct Problem {
   float* chunk_bias;
 };
 
-constexpr int padded(int n) {
-  return (n + kLanes - 1) / kLanes * kLanes;
-}
-
 // Working memory of one thread. Tiles are [dimension][token], their dimensions padded to whole lanes.
 struct Scratch {
   std::vector<float> floats;
   float *rows, *x, *grad, *cos, *sin, *sum_weight, *sum_bias, *weight, *bias;
 
   explicit Scratch(const Problem& a) {
-    const int wide = padded(a.dim), tile = wide * kLanes;
+    const int64_t wide = padded(a.dim), tile = wide * kLanes;
     floats.resize(7 * tile + 2 * wide);
     rows = floats.data();  // [token][dimension]
     x = rows + tile;
@@ -62,37 +51,11 @@ struct Scratch {
   }
 };
 
-// n numbers as float32, zeros behind them up to whole lanes.
-template <class F, class T>
-UNIF2ACE_INLINE void load_row(const T* from, int n, float* to) {
-  int i = 0;
-  for (; i + kWidth<F> <= n; i += kWidth<F>) store(to + i, load_floats<F>(from + i));
-  if (i < n) store(to + i, load_some<F>(from + i, n - i)), i += kWidth<F>;
-  for (; i % kLanes != 0; i += kWidth<F>) store(to + i, F{});
-}
-
-template <class F>
-UNIF2ACE_INLINE void load_row(ScalarType dtype, const void* from, int64_t at, int n, float* to) {
-  if (dtype == ScalarType::Float)
-    load_row<F>(static_cast<const float*>(from) + at, n, to);
-  else if (dtype == ScalarType::BFloat16)
-    load_row<F>(static_cast<const BFloat16*>(from) + at, n, to);
-  else
-    load_row<F>(static_cast<const Half*>(from) + at, n, to);
-}
-
-template <class F, class T>
-UNIF2ACE_INLINE void store_row(const float* from, int n, T* to) {
-  int i = 0;
-  for (; i + kWidth<F> <= n; i += kWidth<F>) store_floats(to + i, load<F>(from + i));
-  if (i < n) store_some(to + i, load<F>(from + i), n - i);
-}
-
 // n numbers of each of 16 tokens, transposed. A short last tile repeats its last token.
 template <class F>
 UNIF2ACE_INLINE void load_tile(ScalarType dtype, const void* from, int64_t at, int64_t stride, int64_t live, int n,
                                float* rows, float* to) {
-  const int wide = padded(n);
+  const int64_t wide = padded(n);
   for (int64_t l = 0; l < kLanes; ++l)
     load_row<F>(dtype, from, at + std::min(l, live - 1) * stride, n, rows + l * wide);
   for (int l = 0; l < kLanes; l += 4) transpose_rows(rows + l * wide, wide, wide, to + l, kLanes);
@@ -101,18 +64,10 @@ UNIF2ACE_INLINE void load_tile(ScalarType dtype, const void* from, int64_t at, i
 template <class F>
 UNIF2ACE_INLINE void store_tile(const Problem& a, int64_t token, int64_t live, int64_t head, const float* from,
                                 float* rows) {
-  const int wide = padded(a.dim);
-  for (int d = 0; d < wide; d += 4) transpose_rows(from + d * kLanes, kLanes, kLanes, rows + d, wide);
-  for (int64_t l = 0; l < live; ++l) {
-    const int64_t at = ((token + l) * a.heads + head) * a.dim;
-    const float* row = rows + l * wide;
-    if (a.dtype == ScalarType::Float)
-      store_row<F>(row, a.dim, static_cast<float*>(a.out) + at);
-    else if (a.dtype == ScalarType::BFloat16)
-      store_row<F>(row, a.dim, static_cast<BFloat16*>(a.out) + at);
-    else
-      store_row<F>(row, a.dim, static_cast<Half*>(a.out) + at);
-  }
+  const int64_t wide = padded(a.dim);
+  for (int64_t d = 0; d < wide; d += 4) transpose_rows(from + d * kLanes, kLanes, kLanes, rows + d, wide);
+  for (int64_t l = 0; l < live; ++l)
+    store_row<F>(a.dtype, rows + l * wide, a.dim, a.out, ((token + l) * a.heads + head) * a.dim);
 }
 
 // The functions below handle the F-wide part of a tile that starts at the given pointers.
@@ -195,8 +150,7 @@ UNIF2ACE_INLINE void load_angles(const Problem& a, int64_t token, int64_t live, 
 template <class F>
 UNIF2ACE_INLINE void load_heads(const Problem& a, const Heads& heads, int64_t token, int64_t live, int64_t head,
                                 const Scratch& s, float* to) {
-  load_tile<F>(a.dtype, heads.data, token * heads.stride_token + head * heads.stride_head, heads.stride_token, live,
-               a.dim, s.rows, to);
+  load_tile<F>(a.dtype, heads.data, heads.at(token, head), heads.stride_token, live, a.dim, s.rows, to);
 }
 
 template <class F>
@@ -246,14 +200,6 @@ UNIF2ACE_MULTIVERSION(run_forward, forward_body, (const Problem& a, int64_t firs
                       (a, first, last, s))
 UNIF2ACE_MULTIVERSION(run_backward, backward_body, (const Problem& a, int64_t first, int64_t last, const Scratch& s),
                       (a, first, last, s))
-
-Tensor dense_heads(const Tensor& x) {
-  return x.size(2) == 1 || x.stride(2) == 1 ? x : dense(x);
-}
-
-Heads heads_of(const Tensor& x) {
-  return {x.const_data_ptr(), x.stride(0), x.stride(1)};
-}
 
 // The arguments of both directions, checked; contiguous copies live as long as this does.
 struct Arguments {
