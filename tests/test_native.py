@@ -6,21 +6,17 @@ build: same bits for any number of threads and any instruction set, sums exact a
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import zipfile
-from pathlib import Path
 
 import pytest
 import torch
 
+from tests.bits import ROOT, assert_same_for_threads, assert_same_on_instruction_sets, needs_native, run_python
 from unif2ace import native
 from unif2ace.errors import UserError
 from unif2ace.ops import route
-
-ROOT = Path(__file__).resolve().parent.parent
-needs_native = pytest.mark.skipif(native.load() is None, reason=native.why_not() or "")
 
 # Hides modules from one Python process, as if they were not installed.
 BLOCK = """
@@ -31,18 +27,6 @@ class Block:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 sys.meta_path.insert(0, Block())
 """
-
-
-def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
 
 
 def grouped_problem(tokens: int = 1000) -> dict[str, object]:
@@ -123,10 +107,8 @@ def test_kernels_have_one_import_name():
 @pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
 def test_same_bits_for_any_number_of_threads(scoring):
     problem = grouped_problem()
-    before = torch.get_num_threads()
 
-    def run(threads: int) -> list[torch.Tensor]:
-        torch.set_num_threads(threads)
+    def run() -> list[torch.Tensor]:
         logits = problem["logits"].clone().requires_grad_(True)
         plan = route(**{**problem, "logits": logits}, scoring=scoring, backend="native")
         generator = torch.Generator().manual_seed(2)
@@ -134,19 +116,11 @@ def test_same_bits_for_any_number_of_threads(scoring):
         torch.autograd.backward(outputs, [torch.randn(y.shape, generator=generator) for y in outputs])
         return [*plan, logits.grad]
 
-    try:
-        one, many = run(1), run(5)
-    finally:
-        torch.set_num_threads(before)
-    for a, b in zip(one, many, strict=True):
-        assert torch.equal(a, b)
+    assert_same_for_threads(run)
 
 
 # Whole numbers and exact fractions: torch's own random normals differ between instruction sets.
 ISA_PROGRAM = """
-import hashlib, torch
-from unif2ace import native, ops
-digest = hashlib.sha256()
 for scoring in ("softmax", "sigmoid"):
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         g = torch.Generator().manual_seed(3)
@@ -161,21 +135,12 @@ for scoring in ("softmax", "sigmoid"):
             (grad,) = torch.autograd.grad(outputs, [x], grads)
             for y in (*plan, grad.float()):
                 digest.update(y.detach().numpy().tobytes())
-print(native.build_info()["cpu"]["isa"], digest.hexdigest())
 """
 
 
 @needs_native
 def test_same_bits_on_every_instruction_set():
-    """ATEN_CPU_CAPABILITY, torch's own variable, narrows the instruction set; the results stay."""
-    seen = {}
-    for capability in ("default", "avx2", "avx512"):
-        done = run_python(ISA_PROGRAM, ATEN_CPU_CAPABILITY=capability)
-        assert done.returncode == 0, done.stderr
-        isa, digest = done.stdout.split()
-        seen[isa] = digest
-    assert "baseline" in seen
-    assert len(set(seen.values())) == 1, seen
+    assert_same_on_instruction_sets(ISA_PROGRAM)
 
 
 @needs_native

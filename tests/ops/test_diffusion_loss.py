@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.shapes import LOSS_SMALL, LossShape
+from tests.bits import assert_same_for_threads, needs_native, run_python
 from tests.oracle import DTYPES, assert_matches_reference, available_backends, noncontiguous, registered
-from tests.test_native import needs_native, run_python
 from unif2ace.errors import UserError
 from unif2ace.ops import _registry, d3diff_loss, linear_loss
 from unif2ace.ops.diffusion_loss import (
@@ -358,10 +358,9 @@ def test_many_chunks_and_blocks(backend: str, score_columns: str, dtype: torch.d
 @each_dtype
 @needs_native
 def test_same_bits_for_any_number_of_threads(dtype: torch.dtype):
-    inputs, targets, before = head(LARGE), large_targets(), torch.get_num_threads()
+    inputs, targets = head(LARGE), large_targets()
 
-    def run(threads: int) -> list[Tensor]:
-        torch.set_num_threads(threads)
+    def run() -> list[Tensor]:
         leaves = {name: x.to(dtype).requires_grad_(True) for name, x in inputs.items()}
         (total,) = large_run("all", targets, "native", **leaves)
         narrow, nll = linear_loss(  # fewer columns than a block: one task, and yet one thread
@@ -374,12 +373,7 @@ def test_same_bits_for_any_number_of_threads(dtype: torch.dtype):
         )
         return [total, narrow, nll, *torch.autograd.grad(total + narrow, list(leaves.values()))]
 
-    try:
-        one, *more = [run(threads) for threads in (1, 2, 3, 8)]
-    finally:
-        torch.set_num_threads(before)
-    for many in more:
-        assert all(torch.equal(a, b) for a, b in zip(one, many, strict=True))
+    assert_same_for_threads(run, (1, 2, 3, 8))
 
 
 MEMORY_PROGRAM = """

@@ -6,30 +6,18 @@ average), so the sizes here lie on both sides.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from collections.abc import Iterator
-
 import pytest
 import torch
 
 from benchmarks.shapes import ExpertShape
+from tests.bits import assert_same_for_threads, assert_same_on_instruction_sets, needs_native
 from tests.ops.test_experts import BACKENDS, each_backend, each_dtype, plan_of, problem, run_mlp
 from tests.oracle import assert_matches_reference
 from unif2ace.errors import UserError
 from unif2ace.ops import expert_mlp, grouped_gemm
 from unif2ace.ops.experts import ACTIVATIONS
 
-native = pytest.mark.skipif("native" not in BACKENDS, reason="the compiled module is not available")
 FAST = [name for name in BACKENDS if name != "reference"]
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def everything(backend: str, shape: ExpertShape, experts: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -81,14 +69,9 @@ def test_uneven_loads(backend: str, load: str, dtype: torch.dtype):
 @each_dtype
 @pytest.mark.parametrize("shape", [ExpertShape(13, 64, 48, 4, 2), ExpertShape(700, 64, 48, 4, 2, "swiglu")], ids=str)
 @pytest.mark.parametrize("backend", FAST)
-def test_same_bits_for_any_number_of_threads(backend: str, shape: ExpertShape, dtype: torch.dtype, threads: None):
+def test_same_bits_for_any_number_of_threads(backend: str, shape: ExpertShape, dtype: torch.dtype):
     experts = torch.randint(shape.experts + 1, (shape.tokens, shape.top_k))
-    found = []
-    for count in (1, 2, 5):
-        torch.set_num_threads(count)
-        found.append(everything(backend, shape, experts, dtype))
-    for other in found[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+    assert_same_for_threads(lambda: everything(backend, shape, experts, dtype))
 
 
 @each_dtype
@@ -119,8 +102,7 @@ def test_grouped_gemm_on_many_rows(backend: str, gathered: bool, dtype: torch.dt
     assert_matches_reference(run, tensors, dtype, backend)
 
 
-PRINT_BITS = """
-import hashlib, torch
+FEW_ROWS_PROGRAM = """
 from tests.ops.test_experts import plan_of
 from unif2ace.ops import expert_mlp
 torch.manual_seed(0)
@@ -132,25 +114,19 @@ for activation, inner in (("gelu", 24), ("gelu_tanh", 40), ("relu2", 33), ("gegl
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         x, *weights = (t.to(dtype) for t in tensors)
         y = expert_mlp(x, plan, *weights, activation=activation, backend="native")
-        print(hashlib.sha256(y.float().numpy().tobytes()).hexdigest())
+        digest.update(y.float().numpy().tobytes())
 """
 
 
-@native
+@needs_native
 def test_few_rows_give_the_same_bits_on_any_instruction_set():
-    found = set()
-    for capability in ("default", "avx2", "avx512"):
-        environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
-        command = [sys.executable, "-c", PRINT_BITS]
-        found.add(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
-    assert len(found) == 1
-    assert len(set(found.pop().split())) == 15
+    assert_same_on_instruction_sets(FEW_ROWS_PROGRAM)
 
 
 # --------------------------------------------------------------------------------------------------------- bad input
 
 
-@native
+@needs_native
 @pytest.mark.parametrize(
     ("field", "values", "message"),
     [
@@ -171,7 +147,7 @@ def test_a_plan_that_points_outside_is_refused(field: str, values: list[int], me
         expert_mlp(plan=plan, **tensors, backend="native")
 
 
-@native
+@needs_native
 def test_grouped_gemm_refuses_rows_outside():
     a, b = torch.randn(5, 7), torch.randn(2, 3, 7)
     offsets = torch.tensor([0, 2, 3])

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from benchmarks.shapes import ATTENTION_SMALL, AttentionShape
 from tests import oracle
+from tests.bits import assert_same_for_threads, assert_same_on_instruction_sets, needs_native
 from tests.oracle import DTYPES, assert_matches_reference, available_backends, noncontiguous
 from unif2ace.errors import UserError
 from unif2ace.ops import _registry, omni_attention
@@ -220,6 +221,30 @@ def test_any_partition_of_the_rows(data: st.DataObject):
     for backend in BACKENDS:
         found = omni_attention(**inputs, blocks=tuple(data.draw(st.permutations(blocks))), backend=backend)
         torch.testing.assert_close(found, wanted)
+
+
+ISA_PROGRAM = """
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    g = torch.Generator().manual_seed(3)
+    def numbers(*shape):
+        return (torch.randint(-512, 513, shape, generator=g) / 256).to(dtype)
+    for dim in (5, 32, 80):
+        q, k, v = numbers(190, 3, dim), numbers(400, 3, dim), numbers(400, 3, dim)
+        blocks = ((0, 1, 0, 300, True), (1, 100, 100, 400, False), (100, 190, 37, 140, True))
+        digest.update(ops.omni_attention(q, k, v, blocks, backend="native").float().numpy().tobytes())
+"""
+
+
+@needs_native
+def test_same_bits_on_every_instruction_set():
+    assert_same_on_instruction_sets(ISA_PROGRAM)
+
+
+@needs_native
+def test_same_bits_for_any_number_of_threads():
+    inputs = problem(66, 66)
+    blocks = ((0, 10, 0, 10, True), (10, 50, 0, 50, False), (50, 66, 40, 66, True))
+    assert_same_for_threads(lambda: [omni_attention(**inputs, blocks=blocks, backend="native")])
 
 
 def test_float64_runs_the_reference_automatically():

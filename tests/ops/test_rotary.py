@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.bits import assert_same_for_threads, assert_same_on_instruction_sets, needs_native
 from tests.oracle import DTYPES, assert_matches_reference, available_backends, noncontiguous, registered
 from unif2ace.errors import UserError
 from unif2ace.ops import _registry, rotate_heads
@@ -76,6 +77,36 @@ def test_a_token_does_not_depend_on_its_batch(backend: str):
     part = {name: x[70:75] if name == "x" else x for name, x in inputs.items()}
     alone = rotate_heads(**part, **{name: angle[70:75] for name, angle in angles.items()}, backend=backend)
     assert torch.equal(alone, whole[70:75])
+
+
+@needs_native
+def test_same_bits_for_any_number_of_threads():
+    inputs, angles = problem(530, 3, 40, 7)
+
+    def run() -> list[torch.Tensor]:
+        leaves = {name: x.detach().requires_grad_(True) for name, x in inputs.items()}
+        y = rotate_heads(**leaves, **angles, backend="native")
+        return [y, *torch.autograd.grad(y.square().sum(), list(leaves.values()))]
+
+    assert_same_for_threads(run)
+
+
+ISA_PROGRAM = """
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    g = torch.Generator().manual_seed(3)
+    def numbers(*shape):
+        return (torch.randint(-512, 513, shape, generator=g) / 512).to(dtype).requires_grad_(True)
+    for dim, half in ((5, 2), (32, 8), (72, 36)):
+        inputs = [numbers(77, 3, dim), numbers(dim), numbers(dim)]
+        y = ops.rotate_heads(*inputs, numbers(77, half).detach(), numbers(77, half).detach(), backend="native")
+        for result in (y, *torch.autograd.grad(y, inputs, numbers(77, 3, dim))):
+            digest.update(result.detach().float().numpy().tobytes())
+"""
+
+
+@needs_native
+def test_same_bits_on_every_instruction_set():
+    assert_same_on_instruction_sets(ISA_PROGRAM)
 
 
 @pytest.mark.parametrize("registry", [False, True], ids=["plain", "registered"])

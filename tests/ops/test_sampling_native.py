@@ -6,10 +6,6 @@ What every back end has to fulfil is in test_sampling.py; here are the ways in w
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.bits import assert_same_for_threads, assert_same_on_instruction_sets
 from tests.oracle import DTYPES
 from unif2ace import native
 from unif2ace.ops import _noise, head_sample, remask, sample_tokens
@@ -122,10 +119,9 @@ def test_leading_forbidden_spans():
 
 def test_same_bits_for_any_number_of_threads():
     logits, hidden, weight = torch.randn(61, 5003), torch.randn(61, 48), torch.randn(1031, 48)
-    where, before = place(61), torch.get_num_threads()
+    where = place(61)
 
-    def run(threads: int) -> list[Tensor]:
-        torch.set_num_threads(threads)
+    def run() -> list[Tensor]:
         codes, confidence = sample_tokens(logits, **where, backend="native")
         mask = remask(
             confidence,
@@ -139,12 +135,7 @@ def test_same_bits_for_any_number_of_threads():
         )
         return [codes, confidence, mask, head_sample(hidden, weight, None, **where, backend="native")[0]]
 
-    try:
-        one, many = run(1), run(5)
-    finally:
-        torch.set_num_threads(before)
-    for a, b in zip(one, many, strict=True):
-        assert torch.equal(a, b)
+    assert_same_for_threads(run)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -176,9 +167,6 @@ def test_head_sample_follows_its_own_logits(dtype: torch.dtype):
 
 # Whole numbers and exact fractions: torch's own random normals differ between instruction sets.
 ISA_PROGRAM = """
-import hashlib, torch
-from unif2ace import native, ops
-digest = hashlib.sha256()
 g = torch.Generator().manual_seed(3)
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
     for levels, temperature in ((1, 1.0), (64, 0.3), (4096, 2.0)):
@@ -187,27 +175,11 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
         codes, confidence = ops.sample_tokens(x, row * 2**40 - 7, row, row % 5, temperature=temperature,
                                               uncond_logits=u, guidance=1.5, backend="native")
         digest.update(codes.numpy().tobytes() + confidence.numpy().tobytes())
-print(native.build_info()["cpu"]["isa"], digest.hexdigest())
 """
 
 
 def test_same_bits_on_every_instruction_set():
-    seen = {}
-    for capability in ("default", "avx2", "avx512"):
-        done = subprocess.run(
-            [sys.executable, "-c", ISA_PROGRAM],
-            cwd=Path(__file__).resolve().parents[2],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "ATEN_CPU_CAPABILITY": capability},
-            capture_output=True,
-            text=True,
-            timeout=600,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        isa, digest = done.stdout.split()
-        seen[isa] = digest
-    assert "baseline" in seen
-    assert len(set(seen.values())) == 1, seen
+    assert_same_on_instruction_sets(ISA_PROGRAM)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.shapes import SEQUENCE_MIX_SMALL, MixShape
+from tests.bits import assert_same_for_threads, assert_same_on_instruction_sets, needs_native
 from tests.oracle import DTYPES, assert_matches_reference, available_backends, noncontiguous, registered
-from tests.test_native import needs_native, run_python
 from unif2ace.errors import UserError
 from unif2ace.ops import _registry, mix_sequences
 
@@ -176,25 +176,16 @@ def test_bad_row_offsets_are_refused(offsets: list[int]):
 @needs_native
 def test_same_bits_for_any_number_of_threads():
     tensors, offsets = problem(MixShape((300, 0, 77, 513), 130, 2), spare=3)
-    before = torch.get_num_threads()
 
-    def run(threads: int) -> list[torch.Tensor]:
-        torch.set_num_threads(threads)
+    def run() -> list[torch.Tensor]:
         leaves = {name: x.detach().requires_grad_(True) for name, x in tensors.items()}
         result = run_mix(leaves, offsets, "native")
         return [result, *torch.autograd.grad(result.square().sum(), list(leaves.values()))]
 
-    try:
-        one, many = run(1), run(5)
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(a, b) for a, b in zip(one, many, strict=True))
+    assert_same_for_threads(run)
 
 
 ISA_PROGRAM = """
-import hashlib, torch
-from unif2ace import native, ops
-digest = hashlib.sha256()
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
     g = torch.Generator().manual_seed(3)
     def numbers(*shape):
@@ -207,20 +198,12 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
         grads = torch.autograd.grad(y, [x, first, second, scale, coefficients, layer_scale], numbers(40, hidden))
         for result in (y, *grads):
             digest.update(result.detach().float().numpy().tobytes())
-print(native.build_info()["cpu"]["isa"], digest.hexdigest())
 """
 
 
 @needs_native
 def test_same_bits_on_every_instruction_set():
-    seen = {}
-    for capability in ("default", "avx2", "avx512"):
-        done = run_python(ISA_PROGRAM, ATEN_CPU_CAPABILITY=capability)
-        assert done.returncode == 0, done.stderr
-        isa, digest = done.stdout.split()
-        seen[isa] = digest
-    assert "baseline" in seen
-    assert len(set(seen.values())) == 1, seen
+    assert_same_on_instruction_sets(ISA_PROGRAM)
 
 
 @given(lengths=st.lists(st.integers(0, 9), max_size=5), hidden=st.integers(1, 19), features=st.integers(0, 3))
