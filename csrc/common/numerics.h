@@ -35,6 +35,19 @@ struct IntegersOf<float> {
 template <class F>
 using Integers = typename IntegersOf<F>::type;
 
+// Unaligned access to memory, as wide as V.
+template <class V, class T>
+UNIF2ACE_INLINE V load(const T* from) {
+  V value;
+  memcpy(&value, from, sizeof value);
+  return value;
+}
+
+template <class V, class T>
+UNIF2ACE_INLINE void store(T* to, V value) {
+  memcpy(to, &value, sizeof value);
+}
+
 // The same value in every lane.
 template <class F>
 UNIF2ACE_INLINE F splat(float value) {

@@ -77,16 +77,4 @@ UNIF2ACE_INLINE Integers<F> interleave_low_halves(typename WideOf<F>::type even,
   return halves;
 }
 
-template <class V, class T>
-UNIF2ACE_INLINE V load(const T* from) {
-  V value;
-  memcpy(&value, from, sizeof value);
-  return value;
-}
-
-template <class V, class T>
-UNIF2ACE_INLINE void store(T* to, V value) {
-  memcpy(to, &value, sizeof value);
-}
-
 }  // namespace unif2ace

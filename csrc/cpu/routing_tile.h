@@ -13,13 +13,13 @@
 #include <vector>
 
 #include "common/stable.h"
+#include "common/topk.h"
 #include "cpu/convert.h"
 
 namespace unif2ace::routing {
 
-constexpr int kLanes = 16;             // tokens per tile, and the stride between its columns
-constexpr int64_t kChunk = 256;        // tokens per chunk: fixed, so that sums do not depend on the number of threads
-constexpr int32_t kTaken = INT32_MIN;  // below the key of -inf
+constexpr int kLanes = 16;       // tokens per tile, and the stride between its columns
+constexpr int64_t kChunk = 256;  // tokens per chunk: fixed, so that sums do not depend on the number of threads
 
 enum class Scoring { softmax, sigmoid };
 
@@ -193,25 +193,6 @@ UNIF2ACE_INLINE void gather(const float* x, const int32_t* index, int k, float* 
     for (int l = 0; l < kWidth<F>; ++l) chosen[j * kLanes + l] = x[index[j * kLanes + l] * kLanes + l];
 }
 
-// The k best columns of every token by key, best first; of equal keys the lower column. Destroys the keys.
-template <class F>
-UNIF2ACE_INLINE void select(int32_t* key, int n, int k, int32_t* index) {
-  using I = Integers<F>;
-  I taken = I{} - 1;  // column to cross out on the way: the winner of the pass before
-  for (int j = 0; j < k; ++j) {
-    I best = I{} + kTaken, at = I{};
-    for (int c = 0; c < n; ++c) {
-      const I candidate = taken == c ? I{} + kTaken : load<I>(key + c * kLanes);
-      store(key + c * kLanes, candidate);
-      const I better = candidate > best;
-      at = better ? I{} + c : at;
-      best = better ? candidate : best;
-    }
-    store(index + j * kLanes, at);
-    taken = at;
-  }
-}
-
 // Scores, choice and weights of one part of a tile whose logits stand in x. Leaves probabilities * sum in p; returns
 // 1 / sum. Non-finite logits set lanes of `bad`.
 template <class F, Scoring scoring>
@@ -243,7 +224,7 @@ UNIF2ACE_INLINE F forward_part(const Forward& a, int first, int n, const Scratch
       preference = (is_sigmoid ? sigmoid(preference) : load<F>(p + c * kLanes) * inverse) + a.selection_bias[first + c];
     store(key + c * kLanes, ordered_key(preference));
   }
-  select<F>(key, n, k, index);
+  select_top_k<F, kLanes>(key, n, k, index);
 
   // Weights: softmax of z over the chosen, or their plain scores.
   F divisor = sum;
