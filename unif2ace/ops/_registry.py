@@ -39,7 +39,7 @@ from unif2ace.ops._checks import dtype_name
 BACKENDS = ("reference", "native", "triton")
 
 # Order in which `auto` tries the back ends, per device type; anything else runs the reference. On CPUs it is measured:
-# native is the faster one of every op in benchmarks/results/cpu-*.json (16-bit `linear`: as fast). On GPUs it is not yet.
+# in benchmarks/results/cpu-*.json native is the faster one for every op (16-bit `linear`: as fast). On GPUs not yet.
 AUTO_ORDER = {"cpu": ("native", "reference"), "cuda": ("triton", "native", "reference")}
 
 # What the fast back ends read; float64 is for the reference, which serves as the oracle.
