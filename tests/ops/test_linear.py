@@ -52,6 +52,11 @@ def test_rows_do_not_depend_on_their_number(backend: str):
         assert torch.equal(linear(x[:rows], weight, bias, backend=backend), whole[:rows]), rows
 
 
+def test_the_reference_is_no_fallback_on_a_gpu(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("UNIF2ACE_STRICT", "1")
+    assert _registry._resolve("linear", "auto", "cuda", (torch.float32,)) == "reference"
+
+
 @pytest.mark.parametrize("registry", [False, True], ids=["plain", "registered"])
 def test_gradcheck(registry: bool):
     tensors = [x.double().requires_grad_(True) for x in problem(3, 4, 2).values()]

@@ -1,9 +1,9 @@
 """Dense `y = x W^T + b`: the product of attention projections, shared experts and heads.
 
-No kernel of ours can beat a library here; the op exists because the library matters. On a GPU, and by default in
-PyTorch, it is `torch.nn.functional.linear`. On CPUs PyTorch sends float32 products to MKL, which on AMD processors runs
-at half the rate of oneDNN; back end `native` calls oneDNN instead (csrc/cpu/gemm.h has the measurement), forward and
-backward. On a GPU `auto` runs the reference, which is cuBLAS, and that is no fallback.
+No kernel of ours can beat a library here; the op exists because the library matters. The reference is
+`torch.nn.functional.linear`. On CPUs that sends float32 products to MKL, which on AMD processors runs at half the rate
+of oneDNN (csrc/cpu/gemm.h has the measurement); back end `native` calls oneDNN for them, forward and backward, from 16
+rows on, and PyTorch's own choice for the rest. On a GPU `auto` runs the reference, which is cuBLAS: no fallback.
 
 Cost: 2 M N K FLOPs, backward twice that.
 """
@@ -26,8 +26,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
     the call.
     """
     automatic = (backend or _registry.default_backend()) == "auto"
-    if automatic and (x.device.type != "cpu" or torch.is_autocast_enabled(x.device.type)):
-        return reference_linear(x, weight, bias)  # torch chooses the library, and under autocast the dtype
+    if automatic and torch.is_autocast_enabled(x.device.type):
+        return reference_linear(x, weight, bias)  # autocast chooses the dtype
     _check_linear(x, weight, bias)
     name = _registry.choose("linear", backend, x.device, x.dtype)
     if name == "reference" and not torch.compiler.is_compiling():
