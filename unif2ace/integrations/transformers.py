@@ -7,7 +7,7 @@
     model.set_experts_implementation("unif2ace")        # or an existing model; "eager" goes back
 
 transformers routes, we multiply: its router hands over [T, K] expert ids and weights, from which a stable grouping plan
-is made (some ten small operations, 15 us for eight tokens on a CPU, no host synchronisation). Ids >= `num_experts`, with
+is made (ten small operations, 15 us for eight tokens on a CPU, no host synchronisation). Ids >= `num_experts`, with
 which expert parallelism marks the experts of other ranks, are skipped. Back ends are chosen as for every op
 (`unif2ace.ops.use_backend`). Gradients reach the hidden states, the routing weights and all expert parameters.
 
@@ -24,11 +24,11 @@ Flags of `use_experts_implementation`: `has_gate`, `has_bias`, `is_transposed` a
 its default; so are weights that are no floating point numbers of 16 to 64 bits (quantised ones).
 
 Transposed weights (`is_transposed`: GPT-OSS, Aria) are [E, in, out] where our GEMMs read [E, out, in]. They run, at the
-cost of a copy of both weights in each forward and each backward pass, with a RuntimeWarning. `store_output_major(model)`
-once after loading removes that: the same parameters in another order of memory.
+cost of a copy of both weights in each forward and each backward pass, and a RuntimeWarning says so. One call of
+`store_output_major(model)` after loading ends that: the same parameters in another order of memory.
 
-`torch.autocast` does not reach the native and Triton kernels: they multiply in the dtype of the weights, as "grouped_mm"
-does.
+`torch.autocast` does not reach the native and Triton kernels: they multiply in the dtype of the weights, as does
+"grouped_mm".
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ try:
     from transformers.integrations import moe
 except ImportError as error:
     raise UserError(
-        f"unif2ace.integrations.transformers needs transformers 5.17 or later ({error}): pip install 'transformers>=5.17'"
+        f"{__name__} needs transformers 5.17 or later ({error}): pip install 'transformers>=5.17'"
     ) from error
 
 NAME = "unif2ace"
