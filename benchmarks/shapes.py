@@ -130,6 +130,24 @@ class RotaryShape:
     head_dim: int
 
 
+@dataclass(frozen=True)
+class HubModelShape:
+    """A small random decoder of transformers, `model_type` as its configuration has it.
+
+    One pass over `sequences` prompts of `length` tokens, or with `new_tokens` greedy generation behind them.
+    """
+
+    model_type: str
+    sequences: int
+    length: int
+    new_tokens: int = 0
+    layers: int = 2
+    hidden: int = 512
+    inner: int = 256
+    experts: int = 16
+    top_k: int = 4
+
+
 ROUTING = {
     "decode-1": RoutingShape(1, (0, 8, 16), 4),
     "decode-64": RoutingShape(64, (0, 8, 16), 4),
@@ -235,6 +253,13 @@ ROTARY = {
     "laptop": RotaryShape(32 * 66, 6, 32),
 }
 
+HUB_MODELS = {
+    "qwen3_moe-512": HubModelShape("qwen3_moe", 4, 128),
+    "qwen3_moe-decode-4": HubModelShape("qwen3_moe", 4, 8, new_tokens=16),
+    "gpt_oss-512": HubModelShape("gpt_oss", 4, 128),
+    "gpt_oss-decode-4": HubModelShape("gpt_oss", 4, 8, new_tokens=16),
+}
+
 # What `make bench` runs, by benchmark file: on two cores all of it has to end within three minutes.
 SHORT = {
     "routing": ("decode-64", "train"),
@@ -246,6 +271,7 @@ SHORT = {
     "linear": ("laptop",),
     "rotary": ("laptop",),
     "e2e": ("avatars-tiny",),
+    "transformers": ("qwen3_moe-512", "qwen3_moe-decode-4"),
 }
 
 
