@@ -24,7 +24,7 @@ TRAINING_OPS = (*OPS, "diffusion_loss")
 
 @pytest.mark.parametrize("backend", [b for b in available_backends("sampling") if b != "reference"])
 def test_equal_logits_give_equal_faces(backend: str):
-    """The transformer on the reference, so that both loops see the same logits; sampling and re-masking on `backend`."""
+    """The transformer on the reference, so that both loops see the same logits; sampling on `backend`."""
     pipe = tiny_pipeline()
     prompts = [pipe.tokenizer.encode(text) for text in ("a smiling person", "a bald man", "")]
     with use_backend("reference"):
