@@ -17,13 +17,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import shapes
+from benchmarks import peers, shapes
 from benchmarks.problems import Function, Problem, each_direction, each_dtype
 from unif2ace.ops import use_backend
 
 transformers = pytest.importorskip("transformers")
 
-THEIRS = ("eager", "grouped_mm", "batched_mm")
 VOCABULARY = 1000
 HEAD_DIM = 64
 
@@ -61,10 +60,12 @@ def make_ids(size: shapes.HubModelShape, device: str) -> Tensor:
     return torch.randint(1, VOCABULARY, (size.sequences, size.length), generator=generator).to(device)
 
 
-def implementations(names: list[str]) -> dict[str, tuple[str, str]]:
-    """Variant -> (implementation of the experts, back end)."""
-    ours = {name: ("unif2ace", name) for name in names}
-    return ours | {f"transformers: {name}": (name, "auto") for name in THEIRS}
+def variants(
+    through: Callable[[str, str], Function], dtype: torch.dtype, device: str, backends: Callable
+) -> dict[str, Function]:
+    """`through(implementation of the experts, back end)` for each back end of ours, and theirs."""
+    ours = {name: through("unif2ace", name) for name in backends("experts", dtype)}
+    return ours | peers.present("hub_model", device, through)
 
 
 @passes
@@ -84,12 +85,9 @@ def bench_pass(
 
         return function
 
-    variants = implementations(backends("experts", dtype))
-    variants.pop("transformers: batched_mm")
-    problem = Problem(
-        {name: parameter.detach() for name, parameter in model.named_parameters()},
-        {name: through(*how) for name, how in variants.items()},
-    )
+    functions = variants(through, dtype, device, backends)
+    del functions["transformers: batched_mm"]
+    problem = Problem({name: parameter.detach() for name, parameter in model.named_parameters()}, functions)
     compare(
         problem.variants(direction),
         baseline="reference",
@@ -116,7 +114,7 @@ def bench_generation(shape: str, dtype: torch.dtype, device: str, backends: Call
 
         return call
 
-    calls = {name: through(*how) for name, how in implementations(backends("experts", dtype)).items()}
+    calls = variants(through, dtype, device, backends)
 
     def same_tokens(name: str) -> None:
         expected = calls["transformers: eager"]()

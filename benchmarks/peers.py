@@ -109,6 +109,11 @@ def transformers_experts(implementation: str) -> Callable[[ExpertShape, RoutingP
     return make
 
 
+def transformers_model(implementation: str) -> Callable[[Callable[[str, str], Function]], Function]:
+    """A whole model of transformers; `through(implementation, back end)` of the benchmark makes its call."""
+    return lambda through: through(implementation, "auto")
+
+
 def torch_grouped_mm(shape: ExpertShape, plan: RoutingPlan) -> Function:
     """Gather, `torch.nn.functional.grouped_mm`, activation, `grouped_mm`, weighted sum; the plan is given, as to us."""
     rows, position, ends = plan.order.long() // shape.top_k, plan.position.long(), plan.offsets[1:]
@@ -230,6 +235,9 @@ PEERS = (
     Peer("experts", "transformers: batched_mm", transformers_experts("batched_mm"), "transformers"),
     Peer("experts", "torch: grouped_mm", torch_grouped_mm),
     Peer("experts", "liger: fused experts", liger_experts, "liger_kernel", devices=("cuda",)),
+    Peer("hub_model", "transformers: eager", transformers_model("eager"), "transformers"),
+    Peer("hub_model", "transformers: grouped_mm", transformers_model("grouped_mm"), "transformers"),
+    Peer("hub_model", "transformers: batched_mm", transformers_model("batched_mm"), "transformers"),
     Peer("grouped_gemm", "torch: grouped_mm", torch_grouped_gemm),
     Peer("sampling", "torch: exponential race", exponential_race),
     Peer("sampling", "torch: race of uniforms", race_of_uniforms),

@@ -30,8 +30,8 @@ bridge = importlib.import_module("unif2ace.integrations.transformers")
 bridge.register()
 
 TOKENS, HIDDEN, INNER, EXPERTS, TOP_K = 13, 24, 20, 6, 2
-BACKENDS = available_backends("experts", "cpu", torch.float32)
-RUNS = [(dtype, backend) for dtype in DTYPES for backend in available_backends("experts", "cpu", dtype)]
+BACKENDS = available_backends("experts", torch.float32)
+RUNS = [(dtype, backend) for dtype in DTYPES for backend in available_backends("experts", dtype)]
 
 # ------------------------------------------------------------------------------------------------- the experts modules
 
@@ -184,7 +184,7 @@ def test_mixed_precision(backend):
     x, index, weights = make_inputs()
     module.config._experts_implementation = bridge.NAME
     expected = module(x.bfloat16().float(), index, weights.bfloat16().float())
-    with use_backend(backend), torch.autocast("cpu", torch.bfloat16):
+    with use_backend(backend), torch.autocast(torch.get_default_device().type, torch.bfloat16):
         result = module(x.bfloat16(), index, weights.bfloat16())
     assert result.dtype == torch.bfloat16
     torch.testing.assert_close(result.float(), expected, atol=0.03, rtol=0.03)
@@ -251,7 +251,7 @@ def test_a_model_has_the_logits_and_gradients_of_eager(name, backend):
         assert_close(f"{name} {backend} {what}", value, truth[what], plain[what])
 
 
-@pytest.mark.parametrize("backend", available_backends("experts", "cpu", torch.bfloat16))
+@pytest.mark.parametrize("backend", available_backends("experts", torch.bfloat16))
 def test_a_model_in_bfloat16(backend):
     """One layer: behind a second router, a rounded bit may choose another expert."""
     model = make_model("mixtral")
