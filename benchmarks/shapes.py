@@ -267,6 +267,9 @@ HUB_MODELS = {
     "qwen3_moe-decode-4": HubModelShape("qwen3_moe", 4, 8, new_tokens=16),
     "gpt_oss-512": HubModelShape("gpt_oss", 4, 128),
     "gpt_oss-decode-4": HubModelShape("gpt_oss", 4, 8, new_tokens=16),
+    "qwen3_moe-30b": HubModelShape(
+        "qwen3_moe", 2, 1024, hidden=2048, inner=768, experts=128, top_k=8
+    ),  # 2 of 48 layers
 }
 
 # What runs unless more is asked for, by device and benchmark file. `make bench`: within three minutes on two cores.
@@ -294,11 +297,12 @@ SHORT = {
         "omni_attention": ("generate-32", "train"),
         "rotary": ("generate-32",),
         "linear": ("decode-8", "train"),
+        "transformers": ("qwen3_moe-30b",),
     },
 }
 
 
-GPU_ONLY = {"random-1.8b", *EXPERTS_GRID}  # on a CPU only when named, whatever else is asked for
+GPU_ONLY = {"random-1.8b", "qwen3_moe-30b", *EXPERTS_GRID}  # on a CPU only when named, whatever else is asked for
 
 
 def token_groups(shape: RoutingShape) -> list[int] | None:

@@ -30,8 +30,17 @@ bridge = importlib.import_module("unif2ace.integrations.transformers")
 bridge.register()
 
 TOKENS, HIDDEN, INNER, EXPERTS, TOP_K = 13, 24, 20, 6, 2
-BACKENDS = available_backends("experts", torch.float32)
-RUNS = [(dtype, backend) for dtype in DTYPES for backend in available_backends("experts", dtype)]
+
+
+def parameters(*values: object) -> object:
+    """Parameters of a test, the back end last. A second per call, as under Triton's interpreter, is slow."""
+    interpreted = values[-1] == "triton" and torch.get_default_device().type == "cpu"
+    return pytest.param(*values, marks=pytest.mark.slow if interpreted else ())
+
+
+AVAILABLE = available_backends("experts", torch.float32)
+BACKENDS = [parameters(backend) for backend in AVAILABLE]
+RUNS = [parameters(dtype, backend) for dtype in DTYPES for backend in available_backends("experts", dtype)]
 
 # ------------------------------------------------------------------------------------------------- the experts modules
 
@@ -240,7 +249,7 @@ def logits_and_gradients(model: nn.Module, implementation: str) -> dict[str, Ten
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", AVAILABLE)
 def test_a_model_has_the_logits_and_gradients_of_eager(name, backend):
     model = make_model(name)
     plain = logits_and_gradients(model, "eager")

@@ -27,6 +27,9 @@ Transposed weights (`is_transposed`: GPT-OSS, Aria) are [E, in, out] where our G
 cost of a copy of both weights in each forward and each backward pass, and a RuntimeWarning says so. One call of
 `store_output_major(model)` after loading ends that: the same parameters in another order of memory.
 
+Not reached: models quantised to FP8, which ask another table of implementations, and whole blocks that transformers'
+`use_kernels=True` replaces (GPT-OSS: MegaBlocksMoeMLP).
+
 `torch.autocast` does not reach the native and Triton kernels: they multiply in the dtype of the weights, as does
 "grouped_mm".
 """
