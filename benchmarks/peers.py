@@ -4,7 +4,7 @@ A peer is timed in the same interleaved run as our back ends, after the same gat
 op, what it needs and how to make its function. A peer that cannot run is absent with a reason, never silently.
 
 * transformers: its `experts_implementation`s "eager" (a loop over experts), "grouped_mm" and "batched_mm", run through
-  the forward of the experts classes of its models (Nemotron-H without a gate, Mixtral with one).
+  the forward of the experts classes of its models (Nemotron-H without a gate, Mixtral with one), and in whole models.
 * torch: `torch.nn.functional.grouped_mm` with a finished routing plan, three samplers, and
   `scaled_dot_product_attention` with one mask for all sequences: what one writes without this package.
 * liger: the experts and the linear cross entropy of liger-kernel, on a GPU.
