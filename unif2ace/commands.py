@@ -152,8 +152,8 @@ def evaluate(options: argparse.Namespace) -> None:
         temperature=options.temperature,
         on_step=_progress("drawing", "step"),
     )
-    answers = metrics.evaluate_answers(pipe, table, on_batch=_progress("answering", "answer"))
-    captions = metrics.evaluate_captions(pipe, table, on_batch=_progress("describing", "face"))
+    answers = metrics.evaluate_answers(pipe, table, on_answer=_progress("answering", "answer"))
+    captions = metrics.evaluate_captions(pipe, table, on_answer=_progress("describing", "face"))
     scores = {"generation": drawn, "judge_on_real_faces": real, "answers": answers, "captions": captions}
     if options.json:
         facts = {"faces": len(table), "scores": {name: score.to_dict() for name, score in scores.items()}}
