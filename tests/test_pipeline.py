@@ -294,7 +294,7 @@ def test_bad_requests_are_refused_before_any_work(pipe, monkeypatch, prompts, op
     ],
 )
 def test_bad_questions_are_refused_before_any_work(pipe, monkeypatch, images, questions, options, sentence):
-    monkeypatch.setattr("unif2ace.pipeline.decode_answers", lambda *a, **k: pytest.fail("work was done"))
+    monkeypatch.setattr("unif2ace.pipeline.stream_answers", lambda *a, **k: pytest.fail("work was done"))
     with pytest.raises(UserError, match=sentence):
         pipe.answer(images, questions, **options)
 

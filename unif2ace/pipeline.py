@@ -15,9 +15,10 @@ stored is in `unif2ace.bundle`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from PIL import Image
@@ -27,7 +28,8 @@ from unif2ace import inputs
 from unif2ace.bundle import Parts, load_parts, resolve_folder, save_parts
 from unif2ace.codec.pixels import to_float, to_uint8
 from unif2ace.errors import UserError
-from unif2ace.generation.decoding import decode_answers
+from unif2ace.generation.answer_text import AnswerText, has_stop
+from unif2ace.generation.decoding import stream_answers
 from unif2ace.generation.plain import generate_codes, to_signed
 from unif2ace.generation.settings import MAX_TEMPERATURE, GenerationConfig, check_count, check_number
 from unif2ace.ops import BACKENDS, _registry, use_backend
@@ -46,6 +48,7 @@ CAPTION_REQUEST = "Describe the face."
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 Images = Image.Image | Sequence[Image.Image]
+Item = TypeVar("Item")
 
 
 class UniF2acePipeline:
@@ -118,6 +121,15 @@ class UniF2acePipeline:
 
     def _on_backend(self) -> AbstractContextManager:
         return nullcontext() if self.backend == "auto" else use_backend(self.backend)
+
+    def _each_on_backend(self, items: Iterator[Item]) -> Iterator[Item]:
+        """The items, each made on this pipeline's back end; what the caller does between two of them is his own."""
+        while True:
+            with self._on_backend():
+                item = next(items, None)
+            if item is None:
+                return
+            yield item
 
     # ----------------------------------------------------------------------------------------------------- text to face
 
@@ -214,24 +226,57 @@ class UniF2acePipeline:
         images: Images,
         questions: str | Sequence[str],
         *,
-        max_new_tokens: int | None = None,
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int | Sequence[int] = 0,
-        batch_size: int = 64,
-        on_batch: Callable[[int, int], None] | None = None,
+        on_answer: Callable[[int, int], None] | None = None,
+        **options: object,
     ) -> list[str]:
         """Answer questions about faces: question i about image i, or one image with many questions, or the reverse.
 
         Args:
             images: RGB PIL images of `image_size`. questions: English; each at most `max_prompt_tokens` tokens.
-            max_new_tokens: None takes the model's default. temperature: 0 takes the likeliest token; above, `top_k` and
-                `top_p` narrow the choice, and answer i uses the seed as image i of `generate` does.
-            on_batch: called as on_batch(done, total) answers after every batch of `batch_size`.
+            on_answer: called as on_answer(done, total) whenever an answer is complete.
+            options: those of `stream_answers`.
 
         Returns one string per question. Raises `UserError` for anything that does not fit.
         """
+        number, pieces = self._ask(images, questions, **options)
+        answers, done = [""] * number, 0
+        for index, text, ended in pieces:
+            answers[index] += text
+            done += ended
+            if ended and on_answer is not None:
+                on_answer(done, number)
+        return answers
+
+    def stream_answers(
+        self, images: Images, questions: str | Sequence[str], **options: object
+    ) -> Iterator[tuple[int, str]]:
+        """The same answers while they grow: (index of the question, further text), those of a batch interleaved.
+
+        Options:
+            max_new_tokens: None takes the model's default. temperature: 0 takes the likeliest token; above, `top_k` and
+                `top_p` narrow the choice, and answer i uses the `seed` as image i of `generate` does.
+            stop: a string or several; an answer ends before the first of them.
+            batch_size: questions in one batch.
+
+        Raises `UserError` as `answer` does.
+        """
+        _, pieces = self._ask(images, questions, **options)
+        return ((index, text) for index, text, _ in pieces if text)
+
+    def _ask(
+        self,
+        images: Images,
+        questions: str | Sequence[str],
+        *,
+        max_new_tokens: int | None = None,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | Sequence[int] = 0,
+        stop: str | Sequence[str] = (),
+        batch_size: int = 64,
+    ) -> tuple[int, Iterator[tuple[int, str, bool]]]:
+        """Check everything; the number of answers, and their pieces: (index, further text, is that the end)."""
         pixels, which = inputs.as_pixels("image", images, self.image_size)
         texts = inputs.as_texts("question", questions)
         if len(which) != len(texts) and 1 not in (len(which), len(texts)):
@@ -251,27 +296,29 @@ class UniF2acePipeline:
         check_count("batch_size", batch_size)
         encoded = inputs.encode_texts("question", texts, self.tokenizer, settings.max_prompt_tokens, question=True)
         encoded = encoded * number if len(encoded) == 1 else encoded
-        codes, features = self.read_images(pixels, batch_size)
-        answers: list[str] = []
-        for start in range(0, number, batch_size):
-            part = slice(start, start + batch_size)
-            rows = torch.tensor(which[part], device=self.device)
-            with self._on_backend():
-                replies = decode_answers(
-                    self.model,
-                    codes[rows],
-                    encoded[part],
-                    {name: feature[rows] for name, feature in features.items()},
-                    max_new_tokens=settings.max_new_tokens,
-                    temperature=temperature,
-                    top_k=top_k,
-                    top_p=top_p,
-                    seeds=seeds[part],
+        stops = inputs.as_texts("stop", stop) if stop else []
+        decoding = {
+            "max_new_tokens": settings.max_new_tokens,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "stop": (lambda ids: has_stop(self.tokenizer.decode(ids), stops)) if stops else None,
+        }
+
+        def pieces() -> Iterator[tuple[int, str, bool]]:
+            codes, features = self.read_images(pixels, batch_size)
+            for start in range(0, number, batch_size):
+                part = slice(start, start + batch_size)
+                texts = [AnswerText(self.tokenizer, stops) for _ in encoded[part]]
+                batch = stream_answers(
+                    self.model, codes, encoded[part], features, images=which[part], seeds=seeds[part], **decoding
                 )
-            answers.extend(self.tokenizer.decode(ids) for ids in replies)
-            if on_batch is not None:
-                on_batch(len(answers), number)
-        return answers
+                for piece in self._each_on_backend(batch):
+                    text = texts[piece.index].add(piece.tokens)
+                    text += texts[piece.index].finish() if piece.ended else ""
+                    yield start + piece.index, text, piece.ended
+
+        return number, pieces()
 
     def caption(self, images: Images, **options: object) -> list[str]:
         """One sentence describing each image. `options` are those of `answer`; the defaults are greedy."""
