@@ -152,8 +152,8 @@ def _run_images(
     batch = pack_understanding_image(model.vocabulary, codes, [rows_of[image][0] for image in asked])
     model(batch.to(model.head.weight.device), features=features, cache=cache)
     for first, *others in rows_of.values():
-        if others:
-            cache.copy_row(first, others)
+        for row in others:
+            cache.write_row(row, cache.read_row(first))
 
 
 def _check(max_new_tokens: int, top_k: int | None, top_p: float | None) -> None:

@@ -38,6 +38,16 @@ ACTIVATIONS = ("gelu_tanh", "gelu", "silu", "relu2", "swiglu", "geglu")
 GATED = ("swiglu", "geglu")
 
 
+def invariant_tokens(num_experts: int, top_k: int) -> int:
+    """From how many tokens on a token's result has the same bits whatever tokens stand beside it.
+
+    Back end `native` on a CPU: with fewer than this many its products are dot products, which sum in another order
+    (`is_few` in csrc/cpu/experts_few.cpp). The reference multiplies the rows of each expert by themselves, few or many,
+    and keeps no such promise.
+    """
+    return 16 * num_experts // top_k + 1
+
+
 def grouped_gemm(
     a: Tensor,
     b: Tensor,
