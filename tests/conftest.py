@@ -1,7 +1,11 @@
-"""Shared fixtures: every test starts from the same seed and the automatic back end."""
+"""Shared fixtures: every test starts from the same seed and the automatic back end.
+
+Without a CUDA device the Triton kernels run under Triton's interpreter, so that the tests of the ops reach them.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -9,6 +13,9 @@ import torch
 from hypothesis import settings
 
 from unif2ace.ops import default_backend, use_backend
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined: before any is imported
 
 # One CPU is shared by many tests: time limits per example only make tests flaky.
 settings.register_profile("unif2ace", deadline=None, max_examples=25, derandomize=True)

@@ -176,7 +176,15 @@ def build_parser() -> argparse.ArgumentParser:
     _common(evaluate)
 
     doctor = add(
-        "doctor", "Say what this machine can run, and why not the rest.", "unif2ace doctor", "unif2ace doctor --json"
+        "doctor",
+        "Say what this machine can run, and why not the rest.",
+        "unif2ace doctor",
+        "unif2ace doctor --json",
+        "unif2ace doctor --kernels             # compile the GPU kernels: registers, shared memory, spills",
+        "unif2ace doctor --kernels experts     # of one op",
+    )
+    doctor.add_argument(
+        "--kernels", nargs="*", metavar="OP", help="what the GPU kernels (of these ops; default: all) cost the chip"
     )
     doctor.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
 

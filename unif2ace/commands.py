@@ -168,6 +168,15 @@ def evaluate(options: argparse.Namespace) -> None:
 
 def doctor(options: argparse.Namespace) -> None:
     """`unif2ace doctor`."""
+    if options.kernels is not None:
+        from unif2ace.resources import format_kernels, kernels
+
+        rows = kernels(options.kernels)
+        if options.json:
+            print(json.dumps({"kernels": [row.as_json() for row in rows]}))
+        else:
+            print(format_kernels(rows), end="")
+        return
     from unif2ace.doctor import format_report, report
 
     facts = report()
