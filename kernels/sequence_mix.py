@@ -32,7 +32,14 @@ from torch import Tensor
 # flight, which with eight blocks per multiprocessor is four times what latency * bandwidth of an H200 asks for.
 _TILE = 2048
 _WARPS = 4
+_TALL = 16  # rows of a tile at most: each of them is compared with 128 offsets at once
 _SUM = 1024  # rows that a program of the second stage adds at once
+
+
+@triton.jit
+def _int64(n):
+    """A size, which is a plain number where it is 1, as int64."""
+    return tl.full([], n, tl.int64)
 
 
 @triton.jit
@@ -158,15 +165,15 @@ def _mix_backward_kernel(
         layer_factor = tl.load(layer_scale).to(tl.float32)
 
     blocks = tl.cdiv(H, COLS)
-    table = blocks * R.to(tl.int64)  # of one stream
-    dots += tl.program_id(0) % blocks * R.to(tl.int64)
+    table = blocks * _int64(R)  # of one stream
+    dots += tl.program_id(0) % blocks * _int64(R)
     factor = _factor(scale, scale_stride, sequence, B)
     dot = _scale_and_dot(g, tile, factor, layer_factor, grad_x, dots, rows, cols, inside, R, H)
     share = tl.sum(factor, axis=1) * dot
     for j in tl.static_range(len(features)):
         tile = _load(features[j], feature_strides[j], rows, cols, inside)
         factor = _factor(coefficients + j * coefficient_strides[1], coefficient_strides[0], sequence, B)
-        out, dots = grad_features + j * R.to(tl.int64) * H, dots + table
+        out, dots = grad_features + j * _int64(R) * H, dots + table
         dot = _scale_and_dot(g, tile, factor, layer_factor, out, dots, rows, cols, inside, R, H)
         share += tl.sum(factor, axis=1) * dot
     if layer_scale is not None:
@@ -188,23 +195,23 @@ def _sum_kernel(
     STREAMS: tl.constexpr,
     SUM: tl.constexpr,
 ):
-    """Program b * STREAMS + j adds stream j over the rows of sequence b; one more adds the last stream over all rows."""
+    """Program b * STREAMS + j adds stream j over the rows of sequence b; one more adds the shares of ds, all rows."""
     sequence, stream = tl.program_id(0) // STREAMS, tl.program_id(0) % STREAMS
-    begin, end, layer_factor = 0, R, 1.0
+    begin, end, layer_factor = _int64(0), _int64(R), 1.0
     if sequence < B:
-        begin = tl.maximum(tl.load(row_offsets + sequence * offset_stride).to(tl.int32), 0)
-        end = tl.minimum(tl.load(row_offsets + (sequence + 1) * offset_stride).to(tl.int32), R)
+        begin = tl.maximum(tl.load(row_offsets + sequence * offset_stride).to(tl.int64), begin)
+        end = tl.minimum(tl.load(row_offsets + (sequence + 1) * offset_stride).to(tl.int64), end)
         if layer_scale is not None:
             layer_factor = tl.load(layer_scale).to(tl.float32)
     else:
         stream = STREAMS
     sums = tl.zeros([SUM], tl.float64)
     for block in range(blocks):
-        column = dots + (stream * blocks + block) * R.to(tl.int64)
+        column = dots + (stream * blocks + block) * _int64(R)
         for start in range(begin, end, SUM):
             rows = start + tl.arange(0, SUM)
             sums += tl.load(column + rows, mask=rows < end, other=0.0)
-    total = tl.sum(sums, axis=0) * layer_factor
+    total = tl.sum(sums, axis=0).to(tl.float32) * layer_factor
     if sequence == B:
         tl.store(grad_layer_scale, total)
     elif stream == 0:
@@ -217,9 +224,9 @@ def _sum_kernel(
 
 
 def _tiling(rows: int, hidden: int) -> tuple[int, int, int]:
-    """Rows and columns of a tile of `_TILE` elements, and the number of tiles."""
+    """Rows and columns of a tile, of `_TILE` elements unless rows are very narrow, and the number of tiles."""
     cols = min(_TILE, triton.next_power_of_2(max(hidden, 1)))
-    tall = _TILE // cols
+    tall = min(_TALL, _TILE // cols)
     return tall, cols, triton.cdiv(rows, tall) * triton.cdiv(hidden, cols)
 
 
