@@ -164,7 +164,7 @@ def test_any_partition_of_the_rows(data: st.DataObject):
         blocks.append((start, start + length, k_start, k_end, causal))
         start += length
     attend = lambda q, k, v, call, scale: _varlen._flash_attn(varlen, q, k, v, call, scale)  # noqa: E731
-    calls = _varlen.VarlenCalls(data.draw(st.permutations(blocks)), keys, attend, torch.device("cpu"))
+    calls = _varlen.VarlenCalls(data.draw(st.permutations(blocks)), keys, attend, torch.get_default_device())
     q, k, v = problem(start, keys, heads=2, dim=8).values()
     inputs = zip(calls.queries(q), calls.keys(k), calls.keys(v), strict=True)
     found = calls.join_queries(q, [calls.attend(i, *triple, 0.5) for i, triple in enumerate(inputs)])
@@ -236,7 +236,8 @@ def test_reasons(nothing_loaded: Callable[[str], None]):
 
 
 def test_only_16_bit_gpu_tensors_take_a_library():
-    assert _varlen.choose(torch.zeros(4, 2, 8, dtype=torch.bfloat16)) is None
+    assert _varlen.choose(torch.zeros(4, 2, 8, dtype=torch.bfloat16, device="cpu")) is None
+    assert _varlen.choose(torch.zeros(4, 2, 8)) is None
     assert _varlen.choose(torch.zeros(4, 2, 8, device="meta")) is None
 
 
@@ -248,7 +249,7 @@ def test_pytorch_is_asked_by_window_and_in_one_part(monkeypatch: pytest.MonkeyPa
         return q
 
     monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", varlen_attn)
-    calls = _varlen.VarlenCalls(generation([3], 4), 7, _varlen._pytorch(), torch.device("cpu"))
+    calls = _varlen.VarlenCalls(generation([3], 4), 7, _varlen._pytorch(), torch.get_default_device())
     q = torch.zeros(7, 1, 8)
     for i in range(2):
         calls.attend(i, q, q, q, 0.5)

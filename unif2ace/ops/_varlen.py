@@ -249,10 +249,11 @@ def _call(blocks: list[Block], keys: int, causal: bool, device: torch.device) ->
     if [block[0] for block in blocks[1:]] == ends[:-1]:
         rows = slice(blocks[0][0], ends[-1])
     else:
-        rows = torch.cat([torch.arange(block[0], block[1]) for block in blocks]).to(device, non_blocking=True)
+        ranges = [torch.arange(block[0], block[1], device="cpu") for block in blocks]
+        rows = torch.cat(ranges).to(device, non_blocking=True)
     longest = [max(b - a for a, b in pairwise(cu)) for cu in (cu_q, cu_k)]
-    ends_q, ends_k = (torch.tensor(cu, dtype=torch.int32).to(device, non_blocking=True) for cu in (cu_q, cu_k))
-    return Call(rows, ends_q, ends_k, *longest, causal and longest[0] > 1)  # a last row alone sees every key
+    offsets = (torch.tensor(cu, dtype=torch.int32, device="cpu").to(device, non_blocking=True) for cu in (cu_q, cu_k))
+    return Call(rows, *offsets, *longest, causal and longest[0] > 1)  # a last row alone sees every key
 
 
 _calls_once = lru_cache(maxsize=512)(VarlenCalls)  # every layer passes the same blocks
