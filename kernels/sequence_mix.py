@@ -46,9 +46,9 @@ def _int64(n):
 def _tile(R, H, ROWS: tl.constexpr, COLS: tl.constexpr):
     """Rows [ROWS] and columns [COLS] of this program (int64: R * H may exceed 2^31), and which of them exist."""
     blocks = tl.cdiv(H, COLS)
-    pid = tl.program_id(0).to(tl.int64)
-    rows = pid // blocks * ROWS + tl.arange(0, ROWS)
-    cols = pid % blocks * COLS + tl.arange(0, COLS)
+    pid = tl.program_id(0)
+    rows = (pid // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    cols = (pid % blocks).to(tl.int64) * COLS + tl.arange(0, COLS)
     return rows, cols, (rows < R)[:, None] & (cols < H)[None, :]
 
 
@@ -123,7 +123,7 @@ def _scale_and_dot(grad, tile, factor, layer_factor, out, dots, rows, cols, insi
     # Up to 8 neighbours, which one thread holds, are added in float32, the rest in float64: two additions per thread.
     ROWS: tl.constexpr = tile.shape[0]
     COLS: tl.constexpr = tile.shape[1]
-    PARTS: tl.constexpr = min(COLS, 256)
+    PARTS: tl.constexpr = COLS if COLS < 256 else 256
     products = tl.reshape(tile.to(tl.float32) * grad, [ROWS, PARTS, COLS // PARTS])
     dot = tl.sum(tl.sum(products, axis=2).to(tl.float64), axis=1)
     tl.store(dots + rows, dot, mask=rows < R)

@@ -180,7 +180,6 @@ def nothing_loaded(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], 
     for name in ("flash_attn", "flash_attn.cute"):
         monkeypatch.setitem(sys.modules, name, None)
     _varlen._loaded.cache_clear()
-    _varlen._choose.cache_clear()
 
     def install(name: str) -> None:
         module = types.ModuleType(name)
@@ -189,19 +188,15 @@ def nothing_loaded(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], 
         if name == "flash_attn.cute":
             monkeypatch.setitem(sys.modules, "flash_attn", sys.modules["flash_attn"] or types.ModuleType("flash_attn"))
         _varlen._loaded.cache_clear()
-        _varlen._choose.cache_clear()
 
     yield install
     _varlen._loaded.cache_clear()
-    _varlen._choose.cache_clear()
 
 
 def chosen(capability: int, dim: int = 64) -> str | None:
-    usable = (x.name for x in _varlen.LIBRARIES if _varlen.why_not(x, capability, dim) is None)
-    name = next(usable, None)
-    attend = _varlen._choose(capability // 10, capability % 10, dim)
-    assert (attend is None) == (name is None)
-    return name
+    """Name of the library whose function `best` gives."""
+    attend = _varlen.best(capability, dim)
+    return next((x.name for x in _varlen.LIBRARIES if attend is not None and _varlen._loaded(x)[0] is attend), None)
 
 
 def test_the_flash_kernel_in_pytorch_serves_without_flash_attn(nothing_loaded: Callable[[str], None]):

@@ -140,15 +140,20 @@ def choose(q: Tensor) -> Callable | None:
     """attend(q, k, v, call, scale) of the library that runs tensors like q, or None where none does."""
     if q.device.type != "cuda" or q.dtype not in (torch.float16, torch.bfloat16) or not q.numel():
         return None
-    return _choose(*torch.cuda.get_device_capability(q.device), q.shape[-1])
+    return _on_device(q.device.index, q.shape[-1])
 
 
 @lru_cache
-def _choose(major: int, minor: int, dim: int) -> Callable | None:
-    for library in LIBRARIES:
-        if why_not(library, 10 * major + minor, dim) is None:
-            return _loaded(library)[0]
-    return None
+def _on_device(index: int, dim: int) -> Callable | None:
+    major, minor = torch.cuda.get_device_capability(index)
+    return best(10 * major + minor, dim)
+
+
+def best(capability: int, dim: int) -> Callable | None:
+    """attend of the first library that runs heads of size `dim` on a chip of that compute capability, or None."""
+    usable = (library for library in LIBRARIES if why_not(library, capability, dim) is None)
+    library = next(usable, None)
+    return None if library is None else _loaded(library)[0]
 
 
 @contextlib.contextmanager
