@@ -28,8 +28,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+# The number of rows and sequences changes from batch to batch: kernels do not specialise on them, as on sizes of 1 or in
+# multiples of 16 Triton would, so that a new batch compiles nothing.
+
 # Elements of a tile and warps that move it: 16 elements a thread are two 16-byte loads of each bfloat16 stream in
-# flight, which with eight blocks per multiprocessor is four times what latency * bandwidth of an H200 asks for.
+# flight, with eight blocks per multiprocessor several times what latency * bandwidth of an H200 asks for.
 _TILE = 2048
 _WARPS = 4
 _TALL = 16  # rows of a tile at most: each of them is compared with 128 offsets at once
@@ -38,7 +41,7 @@ _SUM = 1024  # rows that a program of the second stage adds at once
 
 @triton.jit
 def _int64(n):
-    """A size, which is a plain number where it is 1, as int64."""
+    """A number, of the host or of the device, as int64."""
     return tl.full([], n, tl.int64)
 
 
@@ -76,7 +79,7 @@ def _factor(factors, stride, sequence, B):
     return tl.load(factors + sequence * stride, mask=sequence < B, other=0.0).to(tl.float32)[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "B"])
 def _mix_kernel(
     x,
     x_strides,
@@ -130,7 +133,7 @@ def _scale_and_dot(grad, tile, factor, layer_factor, out, dots, rows, cols, insi
     return dot
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "B"])
 def _mix_backward_kernel(
     grad,
     grad_strides,
@@ -180,7 +183,7 @@ def _mix_backward_kernel(
         tl.store(dots + table + rows, tl.where(owned, share, 0.0), mask=rows < R)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "B"])
 def _sum_kernel(
     dots,
     row_offsets,
