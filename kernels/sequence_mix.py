@@ -28,8 +28,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Rows and sequences change from batch to batch: kernels do not specialise on their numbers (Triton tells 1 and multiples
-# of 16 apart): a new batch compiles nothing.
+# Rows and sequences change from batch to batch: kernels do not specialise on their numbers (as Triton does on 1 and on
+# multiples of 16), so that a new batch compiles nothing.
 
 # Elements of a tile and warps that move it: 16 elements a thread are two 16-byte loads of each bfloat16 stream in
 # flight, with eight blocks per multiprocessor several times what latency * bandwidth of an H200 asks for.
