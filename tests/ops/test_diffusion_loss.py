@@ -29,6 +29,8 @@ BACKENDS = available_backends("diffusion_loss")
 IMAGE_TOKENS = 16
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+CASES = [(name, dtype) for dtype in DTYPES for name in available_backends("diffusion_loss", "cpu", dtype)]
+each_case = pytest.mark.parametrize(("backend", "dtype"), CASES, ids=str)
 each_shape = pytest.mark.parametrize("shape", LOSS_SMALL.values(), ids=LOSS_SMALL.keys())
 each_weight = pytest.mark.parametrize("score_weight", SCORE_WEIGHTS)
 each_columns = pytest.mark.parametrize("score_columns", SCORE_COLUMNS)
@@ -68,10 +70,9 @@ def mask_ratios(rows: int) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------- linear_loss
 
 
-@each_dtype
+@each_case
 @each_shape
 @pytest.mark.parametrize("sliced", [False, True], ids=["all-columns", "code-columns"])
-@each_backend
 def test_linear_loss_and_gradients(backend: str, sliced: bool, shape: LossShape, dtype: torch.dtype):
     targets, row_weight = code_targets(shape), torch.rand(shape.rows)
     columns = code_columns(shape) if sliced else None
@@ -169,10 +170,9 @@ def test_equal_calls_give_equal_bits_forward_and_backward(backend: str):
 
 
 @pytest.mark.usefixtures("chunk")
-@each_dtype
+@each_case
 @each_shape
 @each_columns
-@each_backend
 def test_d3diff_and_gradients(backend: str, score_columns: str, shape: LossShape, dtype: torch.dtype):
     targets, ratio = code_targets(shape), mask_ratios(shape.rows)
 
@@ -343,9 +343,8 @@ def large_targets() -> Tensor:
     return targets
 
 
-@each_dtype
+@each_case
 @each_columns
-@each_backend
 def test_many_chunks_and_blocks(backend: str, score_columns: str, dtype: torch.dtype):
     targets = large_targets()
 

@@ -22,6 +22,8 @@ SIZES = {
 }
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
+CASES = [(name, dtype) for dtype in DTYPES for name in available_backends("rotary", "cpu", dtype)]
+each_case = pytest.mark.parametrize(("backend", "dtype"), CASES, ids=str)
 
 
 def problem(tokens: int, heads: int, dim: int, half: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -46,9 +48,8 @@ def test_against_the_definition(backend: str):
     torch.testing.assert_close(rotate_heads(**inputs, **angles, eps=0.1, backend=backend), expected)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@each_case
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES.keys())
-@each_backend
 def test_values_and_gradients(backend: str, size: tuple[int, int, int, int], dtype: torch.dtype):
     inputs, angles = problem(*size)
     # Rounded once: the float64 run has to see the same angles.

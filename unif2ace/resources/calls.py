@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
 
 class Call(NamedTuple):
     """One call: `label` tells a reader of the table what it stands for."""
@@ -18,4 +21,26 @@ class Call(NamedTuple):
     arguments: tuple
 
 
-CALLS: dict[str, Callable[[], Iterator[Call]]] = {}
+def _meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _diffusion_loss() -> Iterator[Call]:
+    """D3Diff over the codes and over everything, and the next token; the head without a bias, values alone."""
+    vocabulary, codes = 58498, (50305, 58497)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        weight, bias = _meta(vocabulary, 2048, dtype=dtype), _meta(vocabulary, dtype=dtype)
+        for label, rows, columns, b, with_mass, with_grads in (
+            ("D3Diff, codes", 8192, codes, bias, False, True),
+            ("D3Diff, all columns", 8192, (0, vocabulary), bias, True, True),
+            ("next token", 4096, (0, vocabulary), bias, False, True),
+            ("no bias", 4096, (0, vocabulary), None, False, True),
+            ("values", 4096, (0, vocabulary), bias, False, False),
+        ):
+            hidden, weights = _meta(rows, 2048, dtype=dtype), _meta(rows, dtype=torch.float32)
+            heads = (hidden, weight, b, _meta(rows, dtype=torch.int64))
+            arguments = (*heads, weights, weights if with_mass else None, list(columns), list(codes), with_grads)
+            yield Call(label, "linear_loss", arguments)
+
+
+CALLS: dict[str, Callable[[], Iterator[Call]]] = {"diffusion_loss": _diffusion_loss}
