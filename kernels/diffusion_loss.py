@@ -181,7 +181,7 @@ def _gradients_kernel(
     start,
     mass_begin,
     mass_end,
-    SEGMENT: tl.constexpr,
+    SEGMENT,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
@@ -199,6 +199,7 @@ def _gradients_kernel(
         at = logits + rows[:, None] * padded + cols[None, :]
         z = tl.load(at, mask=exists[:, None] & stored[None, :], other=0.0).to(tl.float32) + shift[None, :]
         target = tl.load(targets + rows * target_stride, mask=exists, other=_IGNORE)
+        column = (target - start).to(tl.int32)  # 32 bits suffice: where it is no column, w is NaN
         top = tl.load(row_max + rows, mask=exists, other=0.0)
         w = tl.load(row_w + rows, mask=exists, other=0.0)
         factor = tl.load(outside + rows, mask=exists, other=0.0)[:, None]
@@ -206,7 +207,7 @@ def _gradients_kernel(
             factor_inside = tl.load(inside + rows, mask=exists, other=0.0)[:, None]
             factor = tl.where(((cols >= mass_begin) & (cols < mass_end))[None, :], factor_inside, factor)
         grad = tl.exp(z - top[:, None]) * factor
-        grad = tl.where((target.to(tl.int64) - start)[:, None] == cols[None, :], grad - w[:, None], grad)
+        grad = tl.where(column[:, None] == cols[None, :], grad - w[:, None], grad)
         grad = tl.where((target != _IGNORE)[:, None] & (cols < V)[None, :], grad, 0.0)
         tl.store(at, grad, mask=exists[:, None] & stored[None, :])
         total += grad

@@ -43,4 +43,17 @@ def _diffusion_loss() -> Iterator[Call]:
             yield Call(label, "linear_loss", arguments)
 
 
-CALLS: dict[str, Callable[[], Iterator[Call]]] = {"diffusion_loss": _diffusion_loss}
+def _rotary() -> Iterator[Call]:
+    """Queries as views of a fused projection; all of a head turned, or nothing of it; a head of an odd size."""
+    cases = [("text to face", 16512, 32, 64, 16), ("avatars-tiny", 2112, 6, 32, 8)]
+    cases += [("whole head", 8192, 16, 128, 64), ("no rotation", 8192, 16, 128, 0), ("odd", 67, 3, 29, 5)]
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for label, tokens, heads, dim, r in cases:
+            query = _meta(tokens, 3, heads, dim, dtype=dtype)[:, 0]
+            weight, angles = _meta(dim, dtype=dtype), _meta(tokens, r, dtype=dtype)
+            arguments = (query, weight, weight, angles, angles, 1e-5)
+            yield Call(label, "rotate_heads", arguments)
+            yield Call(label, "rotate_heads_backward", (_meta(tokens, heads, dim, dtype=dtype), *arguments))
+
+
+CALLS: dict[str, Callable[[], Iterator[Call]]] = {"diffusion_loss": _diffusion_loss, "rotary": _rotary}
