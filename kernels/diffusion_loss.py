@@ -1,37 +1,39 @@
 """`linear_loss`: linear head, loss and all gradients, a chunk of rows at a time; logits are never whole in memory.
 
-Semantics: unif2ace/ops/diffusion_loss.py. R rows, H hidden, V columns of the softmax, C rows of a chunk; z = logits.
+Semantics: unif2ace/ops/diffusion_loss.py. R rows, H hidden, V columns of the softmax, C rows of a chunk, z its logits:
 
-    take rows     h  = hidden rows, zeros where the target is ignored             Triton       4 C H bytes
-    product       z  = h W^T                    [C, V] in the dtype of hidden     library      2 C V H FLOPs
-    statistics    max, sum e^(z - max), sum over the mass columns, z_target       Triton       2 C V bytes
-    gradients     z -> dL/dz in place, and column sums for db                     Triton       4 C V bytes
-    product       dh = dz W                                                       library      2 C V H FLOPs
-    product       dW += dz^T h                  sums in float32                   library      2 C V H FLOPs, 8 V H bytes
+    take rows     h = hidden rows, zeros where the target is ignored           Triton     4 C H bytes
+    product       z = h W^T, [C, V] in the dtype of hidden                     library    2 C V H FLOPs
+    statistics    max, sum e^(z - max), sum over the mass columns, z_target    Triton     2 C V bytes
+    gradients     z -> dL/dz in place, and column sums for db                  Triton     4 C V bytes
+    product       dh = dz W                                                    library    2 C V H FLOPs
+    product       dW += dz^T h, summed in float32                              library    2 C V H FLOPs, 8 V H bytes
 
-**Why library products.** All three are plain dense matrix products of thousands in each dimension: what vendor libraries
-do best. Fusing statistics into the product's epilogue would save one read of z, 2 of the 6 bytes per logit that the two
-Triton kernels move; those take 6 / (4.3e12 B/s) = 1.4 ps per logit beside 6 H / (790e12 FLOP/s) = 15.6 ps at H = 2048, so
-2 % are at stake, and a product that is not the library's loses more. Floor for R = 4096, H = 2048, V = 58498 in bfloat16:
-2.94 TFLOP, 3.7 ms, and 0.34 ms for the memory-bound kernels.
+Figures below are for bfloat16 on an H200: 790 TFLOP/s, 4.3 TB/s.
 
-**Why chunks of rows**, when chunks of columns would finish dW at once: those need the softmax first, so the logits twice,
-8 R H V FLOPs for 6. Rows cost the float32 sum of dW that each chunk adds to, 8 V H bytes against 6 C V H FLOPs: at 184
-FLOPs a byte (the same machine) that is 245 / C of the time of the products, at worst, when nothing of it overlaps.
+**Why library products.** All three are dense products of thousands in each dimension, what vendor libraries do best.
+Statistics in the epilogue of the first would save one read of z, 2 of the 6 bytes per logit that the two Triton kernels
+move. Those take 1.4 ps per logit beside the 15.6 ps of its 6 H FLOPs (H = 2048), so 3 % is at stake, and a product that
+is not the library's loses more. Floor for R = 4096, H = 2048, V = 58498: 3.7 ms for 2.94 TFLOP, 0.34 ms for the Triton
+kernels, which wait for memory and share nothing with the products. Expected: 85 % of the 4.1 ms' rate.
 
-**Rows of a chunk.** C = max(1024, H): the logits of a chunk take as much memory as the gradient of the head that the
-caller asked for, and the float32 sums twice that, or nothing where the head is float32. A batch that fits one chunk needs
-no such sums; so up to C + 2 H rows of a 16-bit head are one chunk, which takes no more memory than two chunks would, and
-less time. Values alone need no dW: C = 1024, where the head is read at 1024 FLOPs a byte. A chunk's logits do not fit the
-L2 cache (50 MB; V = 58498: 120 KB a row), nor should they: few rows starve the products.
+**Why chunks of rows**, when chunks of columns would finish dW at once: those need the softmax first, so all logits
+twice, 8 R H V FLOPs for 6. Rows cost the float32 sum of dW that each chunk adds to, 8 V H bytes against 6 C V H FLOPs:
+245 / C of the time of the products where nothing of it overlaps, 12 % for C = 2048.
 
-Rows of the chunk in memory are padded to 64 columns, so that every access of the Triton kernels is 16 bytes wide and the
-library sees aligned rows whatever V is. Ignored rows take part in the products, as zeros: counting them would wait for
-the device. Whoever knows them on the host leaves them out. A target outside of the columns, which only a CPU can refuse,
-makes loss and gradients of its row NaN; nothing is addressed by it.
+**Rows of a chunk.** C = max(1024, H): its logits take as much memory as the gradient of the head, which the caller
+asked for, and the float32 sums take twice that, or nothing where the head is float32. One chunk alone needs no such
+sums; so up to C + 2 H rows of a 16-bit head are one chunk, which takes no more memory than two, and less time. Values
+alone need no dW: C = 1024, which reads the head at 1024 FLOPs a byte. To keep a chunk in the L2 cache between the
+kernels it would have to be 200 rows or so (V = 58498: 117 KB a row): too few for the products.
 
-Same bits on the same device: fixed order everywhere, no atomics. A row's bits depend on nothing in the other rows, but
-the library may choose another order of summation for another number of rows.
+Rows of a chunk are padded to 64 columns, so that the Triton kernels move 16 bytes a thread and the library sees aligned
+rows whatever V is. Ignored rows take part in the products, as zeros, since counting them would wait for the device:
+who knows them on the host leaves them out. A target outside of the columns, which only a CPU can refuse, makes loss and
+gradients NaN; nothing is addressed by it.
+
+Fixed order everywhere, no atomics: the same call gives the same bits on the same device. Nothing crosses rows but dW
+and db, yet the library may sum a row's product in another order when the number of rows is another.
 """
 
 from __future__ import annotations
@@ -118,21 +120,21 @@ def _statistics_kernel(
     group_max = tl.full([ROWS, GROUPS], _LOWEST, tl.float32)
     group_sum = tl.zeros([ROWS, GROUPS], tl.float32)
     group_mass = tl.zeros([ROWS, GROUPS], tl.float32)
-    group_cols = tl.arange(0, GROUPS)[:, None] * VEC + tl.arange(0, VEC)[None, :]
+    group_cols = tl.arange(0, GROUPS)[None, :, None] * VEC + tl.arange(0, VEC)[None, None, :]
     for first in range(0, padded, COLS):
         cols = first + group_cols
         # Masked by the padded width, a multiple of VEC: a mask that may end anywhere would split the wide loads.
-        at = rows[:, None, None] * padded + cols[None, :, :]
-        z = tl.load(logits + at, mask=exists[:, None, None] & (cols < padded)[None, :, :], other=0.0).to(tl.float32)
+        at = rows[:, None, None] * padded + cols
+        z = tl.load(logits + at, mask=exists[:, None, None] & (cols < padded), other=0.0).to(tl.float32)
         if bias is not None:
-            z += tl.load(bias + cols, mask=cols < padded, other=0.0).to(tl.float32)[None, :, :]
-        z = tl.where((cols < V)[None, :, :], z, float("-inf"))
+            z += tl.load(bias + cols, mask=cols < padded, other=0.0).to(tl.float32)
+        z = tl.where(cols < V, z, float("-inf"))
         top = tl.maximum(group_max, tl.max(z, axis=2))
         shrink = tl.exp(group_max - top)
         e = tl.exp(z - top[:, :, None])
         group_sum = group_sum * shrink + tl.sum(e, axis=2)
         if mass_weight is not None:
-            e = tl.where(((cols >= mass_begin) & (cols < mass_end))[None, :, :], e, 0.0)
+            e = tl.where((cols >= mass_begin) & (cols < mass_end), e, 0.0)
             group_mass = group_mass * shrink + tl.sum(e, axis=2)
         group_max = top
     top = tl.max(group_max, axis=1)
@@ -296,7 +298,7 @@ def _strided(values: Tensor | None, part: slice) -> tuple[Tensor | None, int | N
 
 def _take_rows(hidden: Tensor, targets: Tensor, taken: Tensor) -> None:
     rows, width = taken.shape
-    cols = min(triton.next_power_of_2(width), _TILE)
+    cols = min(triton.next_power_of_2(max(width, 1)), _TILE)
     tall = _TILE // cols
     _take_rows_kernel[(triton.cdiv(rows, tall) * triton.cdiv(width, cols),)](
         hidden, hidden.stride(), targets, targets.stride(0), taken, rows, width, ROWS=tall, COLS=cols, num_warps=4

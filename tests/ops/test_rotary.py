@@ -80,6 +80,33 @@ def test_a_token_does_not_depend_on_its_batch(backend: str):
     assert torch.equal(alone, whole[70:75])
 
 
+@pytest.mark.skipif("triton" not in BACKENDS, reason="Triton is not installed")
+def test_triton_programs_of_several_tiles(monkeypatch: pytest.MonkeyPatch):
+    """Backward walks over 3 tiles in each of its programs, the last of which has fewer and an incomplete one."""
+    kernels = pytest.importorskip("unif2ace.kernels.rotary")
+    monkeypatch.setattr(kernels, "_BACKWARD_TILE", 256)
+    monkeypatch.setattr(kernels, "_PROGRAMS", 3)
+    inputs, angles = problem(19, 3, 32, 8)  # 57 rows, 8 in a tile
+
+    def run(backend: str, **inputs: torch.Tensor) -> tuple[torch.Tensor]:
+        turned = {name: angle.to(inputs["x"].dtype) for name, angle in angles.items()}
+        return (rotate_heads(**inputs, **turned, backend=backend),)
+
+    assert_matches_reference(run, inputs, torch.float32, "triton")
+
+
+@each_backend
+def test_rows_of_equal_numbers_without_eps(backend: str):
+    """Their own 0 / 0 is no number; it must not reach other rows."""
+    inputs, angles = problem(5, 2, 8, 3)
+    inputs["x"][3, 1] = 2.0
+    leaves = {name: x.requires_grad_(True) for name, x in inputs.items()}
+    y = rotate_heads(**leaves, **angles, eps=0.0, backend=backend)
+    (grad,) = torch.autograd.grad(y[:3].sum(), leaves["x"])
+    assert y.isfinite().sum() == y.numel() - 8
+    assert grad[:3].isfinite().all()
+
+
 @needs_native
 def test_same_bits_for_any_number_of_threads():
     inputs, angles = problem(530, 3, 40, 7)
