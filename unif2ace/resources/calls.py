@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
 
 class Call(NamedTuple):
     """One call: `label` tells a reader of the table what it stands for."""
@@ -18,4 +21,27 @@ class Call(NamedTuple):
     arguments: tuple
 
 
-CALLS: dict[str, Callable[[], Iterator[Call]]] = {}
+def _meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _sampling() -> Iterator[Call]:
+    """32 faces of 256 tokens, with and without guidance, greedy; text, whose 50295 columns no load divides."""
+    images, rows, hidden, codes = 32, 32 * 256, 2048, 8192
+    seeds, positions = _meta(rows, dtype=torch.int64), _meta(rows, dtype=torch.int64)
+    where = (seeds, positions, _meta(rows, dtype=torch.int32))
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        logits, text, few = (_meta(rows, columns, dtype=dtype) for columns in (codes, 50295, 64))
+        yield Call("plain", "sample_tokens", (logits, *where, 1.0, None, 0.0, 0))
+        yield Call("guided", "sample_tokens", (logits, *where, 1.0, logits, 3.0, 0))
+        yield Call("greedy", "sample_tokens", (logits, *where, 0.0, None, 0.0, 0))
+        yield Call("text", "sample_tokens", (text, *where, 1.0, None, 0.0, 2))
+        yield Call("short rows", "sample_tokens", (few, *where, 1.0, None, 0.0, 0))
+        states, weight = _meta(rows, hidden, dtype=dtype), _meta(codes, hidden, dtype=dtype)
+        yield Call("head", "head_sample", (states, weight, None, *where, 1.0, states, 3.0, 0))
+    confidence, counts = _meta(rows, dtype=torch.float32), _meta(images + 1, dtype=torch.int32)
+    image = (_meta(images, dtype=torch.int64), positions, counts[:images], _meta(images, dtype=torch.float32))
+    yield Call("remask", "remask", (confidence, counts, counts[:images], *image))
+
+
+CALLS: dict[str, Callable[[], Iterator[Call]]] = {"sampling": _sampling}
