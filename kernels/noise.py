@@ -26,21 +26,21 @@ _SERIES_LIMIT = tl.constexpr(_noise.SERIES_LIMIT)
 
 
 @triton.jit
-def counter_words(seed, position, step, stream, code_block):
-    """Words of the codes 4 j .. 4 j + 3 for every j of `code_block`: four uint32 tensors. All arguments are int64 tensors
-    whose shapes broadcast; seeds use all 64 bits, the others their low 32.
+def block_words(seed, position, step, stream, block):
+    """The words of the codes 4 j .. 4 j + 3 for every j of `block`, as four uint32 tensors.
+
+    The arguments are integers whose shapes broadcast; seeds use all 64 bits, the others their low 32.
     """
-    return tl.philox(
-        seed, code_block.to(tl.uint32), position.to(tl.uint32), step.to(tl.uint32), stream.to(tl.uint32)
-    )
+    c0, c1 = tl.to_tensor(block).to(tl.uint32), tl.to_tensor(position).to(tl.uint32)
+    c2, c3 = tl.to_tensor(step).to(tl.uint32), tl.to_tensor(stream).to(tl.uint32)
+    return tl.philox(seed, c0, c1, c2, c3)
 
 
 @triton.jit
-def words(seed, position, step, stream, code_block):
-    """The same for rows [R, 1] and blocks [1, N], in the order of the codes: [R, 4 N]."""
-    w0, w1, w2, w3 = counter_words(seed, position, step, stream, code_block)
-    pairs = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [.., a, b] is word 2 a + b: each join adds the last dimension
-    return tl.reshape(pairs, [w0.shape[0], 4 * w0.shape[1]])
+def word(seed, position, step, stream, code):
+    """The word of each code; a block of four is computed four times, so this is for few codes."""
+    w0, w1, w2, w3 = block_words(seed, position, step, stream, code >> 2)
+    return tl.where((code & 2) == 0, tl.where((code & 1) == 0, w0, w1), tl.where((code & 1) == 0, w2, w3))
 
 
 @triton.jit

@@ -50,13 +50,47 @@ GEMM_ROWS = 128  # chunks of head_sample are multiples of the rows of a library'
 
 
 @triton.jit
-def _load(logits, uncond, row, code, stride_row, stride_code, uncond_row, uncond_code, mask, GUIDED: tl.constexpr):
-    """Conditional and unconditional scores as they lie in memory; the latter only with guidance."""
-    cond = tl.load(logits + row * stride_row + code * stride_code, mask=mask, other=0.0)
+def _load(cond, uncond, code, columns, cond_stride, uncond_stride, GUIDED: tl.constexpr):
+    """Conditional and unconditional scores of rows that start at `cond` and `uncond`, as they lie in memory.
+
+    Behind the last column they are such that `_guide` makes -inf of them.
+    """
+    inside = code < columns
+    code = code.to(tl.int64)
+    c = tl.load(cond + code * cond_stride, mask=inside, other=float("-inf"))
     if GUIDED:
-        return cond, tl.load(uncond + row * uncond_row + code * uncond_code, mask=mask, other=0.0)
+        u = tl.load(uncond + code * uncond_stride, mask=inside, other=0.0)
     else:
-        return cond, cond
+        u = c
+    return c, u
+
+
+@triton.jit
+def _quads(s0, s1, s2, s3):
+    """[R, N, 4] of four [R, N]."""
+    pairs = tl.join(tl.join(s0, s2), tl.join(s1, s3))  # [.., a, b] is number 2 a + b: each join adds the last dimension
+    return tl.reshape(pairs, [s0.shape[0], s0.shape[1], 4])
+
+
+@triton.jit
+def _load_tile(
+    cond, uncond, first, columns, cond_stride, uncond_stride,
+    TILE: tl.constexpr, GUIDED: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Scores of the codes first .. first + TILE, [R, TILE / 4, 4], such that a thread has all four of a block."""
+    if ALIGNED:
+        code = first + tl.arange(0, TILE)[None, :]
+        flat_c, flat_u = _load(cond, uncond, code, columns, cond_stride, uncond_stride, GUIDED)
+        c = tl.reshape(flat_c, [flat_c.shape[0], TILE // 4, 4])
+        u = tl.reshape(flat_u, [flat_u.shape[0], TILE // 4, 4])
+    else:  # one number per load, and neighbours would go to different threads
+        code = first + 4 * tl.arange(0, TILE // 4)[None, :]
+        c0, u0 = _load(cond, uncond, code, columns, cond_stride, uncond_stride, GUIDED)
+        c1, u1 = _load(cond, uncond, code + 1, columns, cond_stride, uncond_stride, GUIDED)
+        c2, u2 = _load(cond, uncond, code + 2, columns, cond_stride, uncond_stride, GUIDED)
+        c3, u3 = _load(cond, uncond, code + 3, columns, cond_stride, uncond_stride, GUIDED)
+        c, u = _quads(c0, c1, c2, c3), _quads(u0, u1, u2, u3)
+    return c, u
 
 
 @triton.jit
@@ -68,78 +102,78 @@ def _guide(cond, uncond, cond_factor, uncond_factor, GUIDED: tl.constexpr):
 
 
 @triton.jit
+def _exp(z, high):
+    """e^(z - high); where nothing but -inf has come so far, 0 and not the NaN of -inf - -inf."""
+    # exp2 is one instruction; exp would spend three more on keeping results below 2^-126.
+    return tl.exp2((z - tl.where(high == float("-inf"), 0.0, high)) * 1.4426950408889634)
+
+
+# What changes from call to call without changing the code: no compilation of its own for a size of 1 or of 16 n.
+@triton.jit(do_not_specialize=["rows", "stride_seed", "stride_position", "stride_step", "stream"])
 def _sample_kernel(
-    logits, uncond, seeds, positions, steps, codes, confidences,
-    rows, columns, stride_row, stride_code, uncond_row, uncond_code, stride_seed, stride_position, stride_step,
+    cond, uncond, seeds, positions, steps, codes, confidences,
+    rows, columns, cond_row, cond_stride, uncond_row, uncond_stride, stride_seed, stride_position, stride_step,
     cond_factor, uncond_factor, inverse_temperature, stream,
-    ROWS: tl.constexpr, TILE: tl.constexpr, GUIDED: tl.constexpr, NOISY: tl.constexpr,
+    ROWS: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
+    GUIDED: tl.constexpr, NOISY: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    inside = row < rows
-    seed = tl.load(seeds + row * stride_seed, mask=inside, other=0)[:, None]
-    position = tl.load(positions + row * stride_position, mask=inside, other=0).to(tl.int64)[:, None]
-    step = tl.load(steps + row * stride_step, mask=inside, other=0).to(tl.int64)[:, None]
-    stream_word = tl.zeros([ROWS, 1], tl.int64) + stream
-    lane = tl.arange(0, TILE)
-    block = tl.arange(0, TILE // 4)[None, :].to(tl.int64)
+    # The last program may hold the last row several times: equal work, equal results, and no masks.
+    row = tl.minimum(tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None], rows - 1)
+    seed = tl.load(seeds + row * stride_seed)
+    position = tl.load(positions + row * stride_position)
+    step = tl.load(steps + row * stride_step)
+    cond += row * cond_row
+    uncond += row * uncond_row
 
-    high = tl.full([ROWS], float("-inf"), tl.float32)  # largest z
-    total = tl.zeros([ROWS], tl.float32)  # sum of e^(z - high)
-    best = tl.full([ROWS], float("-inf"), tl.float32)  # largest key, its code and z; code 0 where every key is -inf
-    best_code = tl.zeros([ROWS], tl.int32)
-    cond, other = _load(
-        logits, uncond, row, 0, stride_row, stride_code, uncond_row, uncond_code, inside, GUIDED
-    )
-    best_z = _guide(cond, other, cond_factor, uncond_factor, GUIDED)
-
-    row_2d = row[:, None]
-    mask = inside[:, None] & (lane < columns)[None, :]
-    cond, other = _load(
-        logits, uncond, row_2d, lane[None, :].to(tl.int64),
-        stride_row, stride_code, uncond_row, uncond_code, mask, GUIDED,
-    )  # fmt: skip
+    # One pass. Slot j of a row holds the codes 4 j .. 4 j + 3 of every tile.
+    slot = tl.arange(0, TILE // 4)[None, :]
+    high = tl.full([ROWS, TILE // 4], float("-inf"), tl.float32)  # the largest z of each slot
+    total = tl.zeros([ROWS, TILE // 4], tl.float32)  # its sum of e^(z - high)
+    bound = tl.full([ROWS, TILE // 4], float("-inf"), tl.float32)  # no key of it is larger
+    c, u = _load_tile(cond, uncond, 0, columns, cond_stride, uncond_stride, TILE, GUIDED, ALIGNED)
     for first in range(0, columns, TILE):
-        z = tl.where(mask, _guide(cond, other, cond_factor, uncond_factor, GUIDED), float("-inf"))
+        z = _guide(c, u, cond_factor, uncond_factor, GUIDED)
         # The next tile is on its way while this one is worked on.
-        code = first + TILE + lane
-        mask = inside[:, None] & (code < columns)[None, :]
-        cond, other = _load(
-            logits, uncond, row_2d, code[None, :].to(tl.int64),
-            stride_row, stride_code, uncond_row, uncond_code, mask, GUIDED,
-        )  # fmt: skip
-
-        before, high = high, tl.maximum(high, tl.max(z, 1))
-        shift = tl.where(high == float("-inf"), 0.0, high)  # nothing but -inf so far: -inf - -inf would be NaN
-        total = total * tl.exp(before - shift) + tl.sum(tl.exp(z - shift[:, None]), 1)
-
+        c, u = _load_tile(cond, uncond, first + TILE, columns, cond_stride, uncond_stride, TILE, GUIDED, ALIGNED)
+        top = tl.max(z, 2)
+        before, high = high, tl.maximum(high, top)
+        total = total * _exp(before, high) + tl.sum(_exp(z, high[:, :, None]), 2)
         if NOISY:
-            scaled = z * inverse_temperature
-            word = noise.words(seed, position, step, stream_word, first // 4 + block)
-            bound = scaled + noise.gumbel_bound(word)
-        else:
-            scaled = z
-            bound = z
-        may_win = bound > best[:, None]
-        while tl.max(may_win.to(tl.int32)) > 0:
-            at = tl.argmax(tl.where(may_win, bound, float("-inf")), 1)
-            chosen = may_win & (lane[None, :] == at[:, None])
-            some = tl.max(chosen.to(tl.int32), 1) > 0
-            key = tl.sum(tl.where(chosen, scaled, 0.0), 1)
-            if NOISY:
-                key += noise.gumbel(tl.sum(tl.where(chosen, word, 0), 1).to(tl.uint32))
-            at_code = first + at
-            better = some & ((key > best) | ((key == best) & (at_code < best_code)))
-            best = tl.where(better, key, best)
-            best_code = tl.where(better, at_code, best_code)
-            best_z = tl.where(better, tl.sum(tl.where(chosen, z, 0.0), 1), best_z)
-            # Settled codes drop out, and those that can tie at most have to come before the code they tie with.
-            may_win = may_win & ~chosen
-            earlier = (first + lane)[None, :] < best_code[:, None]
-            may_win = may_win & ((bound > best[:, None]) | ((bound == best[:, None]) & earlier))
+            w0, w1, w2, w3 = noise.block_words(seed, position, step, stream, first // 4 + slot)
+            smallest = tl.minimum(tl.minimum(w0, w1), tl.minimum(w2, w3))
+            top = top * inverse_temperature + noise.gumbel_bound(smallest)
+        bound = tl.maximum(bound, top)
 
-    confidence = (best_z - high) - noise.log(total)
-    tl.store(codes + row, best_code, mask=inside)
-    tl.store(confidences + row, confidence, mask=inside)
+    # Exact keys, a slot at a time, the most promising first, until no slot can hold the winner.
+    best = tl.full([ROWS, 1], float("-inf"), tl.float32)
+    best_code = tl.zeros([ROWS, 1], tl.int32)  # code 0 where every key is -inf
+    best_c, best_u = _load(cond, uncond, best_code, columns, cond_stride, uncond_stride, GUIDED)
+    best_z = _guide(best_c, best_u, cond_factor, uncond_factor, GUIDED)
+    place = tl.arange(0, 4 * TILES)[None, :]
+    may_win = bound > best
+    while tl.max(may_win.to(tl.int32)) > 0:
+        at = tl.argmax(tl.where(may_win, bound, float("-inf")), 1, keep_dims=True)  # a row that is done looks at slot 0
+        bound = tl.where(slot == at, float("-inf"), bound)
+        code = place // 4 * TILE + 4 * at + place % 4
+        slot_c, slot_u = _load(cond, uncond, code, columns, cond_stride, uncond_stride, GUIDED)
+        slot_z = _guide(slot_c, slot_u, cond_factor, uncond_factor, GUIDED)
+        key = slot_z
+        if NOISY:
+            key = slot_z * inverse_temperature + noise.gumbel(noise.word(seed, position, step, stream, code))
+        found = tl.max(key, 1, keep_dims=True)
+        found_code = tl.min(tl.where(key == found, code, columns), 1, keep_dims=True)
+        found_z = tl.sum(tl.where(code == found_code, slot_z, 0.0), 1, keep_dims=True)
+        better = (found > best) | ((found == best) & (found_code < best_code))
+        best = tl.where(better, found, best)
+        best_code = tl.where(better, found_code, best_code)
+        best_z = tl.where(better, found_z, best_z)
+        # A bound that equals the best key promises a tie at most, which only a lower code would win.
+        may_win = (bound > best) | ((bound == best) & (4 * slot < best_code))
+
+    highest = tl.max(high, 1, keep_dims=True)
+    confidence = (best_z - highest) - noise.log(tl.sum(total * _exp(high, highest), 1, keep_dims=True))
+    tl.store(codes + row, best_code)
+    tl.store(confidences + row, confidence)
 
 
 @triton.jit
@@ -167,11 +201,16 @@ def _ordered(key):
 
 
 @triton.jit
-def _load_ranks(keys, positions, row, mask, stride_position):
-    """Keys and positions of some rows, as uint64 numbers of the same order."""
-    key = tl.load(keys + row, mask=mask, other=-1).to(tl.uint32, bitcast=True).to(tl.uint64)
-    position = tl.load(positions + row * stride_position, mask=mask, other=0).to(tl.int64)
-    return key, position.to(tl.uint64, bitcast=True) ^ 0x8000000000000000
+def _load_keys(keys, row, inside):
+    """As uint64, whatever sorts like the keys."""
+    return tl.load(keys + row, mask=inside, other=-1).to(tl.uint32, bitcast=True).to(tl.uint64)
+
+
+@triton.jit
+def _load_positions(positions, row, inside, stride):
+    """As uint64, whatever sorts like the positions."""
+    position = tl.load(positions + row * stride, mask=inside, other=0).to(tl.int64)
+    return position.to(tl.uint64, bitcast=True) ^ 0x8000000000000000
 
 
 @triton.jit
@@ -180,13 +219,13 @@ def _count(keys, positions, first, last, stride_position, key_limit, limit, TIED
     count = tl.zeros([TILE], tl.int32)
     for start in range(first, last, TILE):
         row = start + tl.arange(0, TILE)
-        mask = row < last
-        key, position = _load_ranks(keys, positions, row, mask, stride_position)
+        inside = row < last
+        key = _load_keys(keys, row, inside)
         if TIED:
-            below = (key == key_limit) & (position < limit)
+            below = (key == key_limit) & (_load_positions(positions, row, inside, stride_position) < limit)
         else:
             below = key < limit
-        count += (mask & below).to(tl.int32)
+        count += (inside & below).to(tl.int32)
     return tl.sum(count)
 
 
@@ -202,7 +241,12 @@ def _nth_smallest(keys, positions, first, last, stride_position, key_limit, n, T
     return limit
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "rows", "stride_confidence", "stride_offset", "stride_keep", "stride_seed", "stride_position", "stride_step",
+        "stride_tau",
+    ]
+)  # fmt: skip
 def _remask_kernel(
     confidences, offsets, keep_unknown, seeds, positions, steps, tau, keys, mask, rows,
     stride_confidence, stride_offset, stride_keep, stride_seed, stride_position, stride_step, stride_tau,
@@ -216,13 +260,13 @@ def _remask_kernel(
     seed = tl.load(seeds + image * stride_seed)
     step = tl.load(steps + image * stride_step).to(tl.int64)
     weight = tl.load(tau + image * stride_tau).to(tl.float32)
-    none = tl.zeros([TILE], tl.int64)
+    none = tl.zeros([TILE], tl.int32)
     for start in range(first, last, TILE):
         row = start + tl.arange(0, TILE)
         inside = row < last
         confidence = tl.load(confidences + row * stride_confidence, mask=inside, other=0.0).to(tl.float32)
         position = tl.load(positions + row * stride_position, mask=inside, other=0).to(tl.int64)
-        word, _, _, _ = noise.counter_words(seed + none, position, step + none, none + STREAM, none)
+        word, _, _, _ = noise.block_words(seed, position, step, STREAM, none)
         tl.store(keys + row, _ordered(confidence + weight * noise.gumbel(word)), mask=inside)
     tl.debug_barrier()  # below, a thread may read what another one wrote
 
@@ -238,7 +282,7 @@ def _remask_kernel(
     for start in range(first, last, TILE):
         row = start + tl.arange(0, TILE)
         inside = row < last
-        key, position = _load_ranks(keys, positions, row, inside, stride_position)
+        key, position = _load_keys(keys, row, inside), _load_positions(positions, row, inside, stride_position)
         tied = inside & (key == key_limit)
         last_place = (tied & (position == position_limit)).to(tl.int32)
         chosen = (key < key_limit) | (tied & (position < position_limit))
@@ -286,14 +330,21 @@ def _sample(
         return
     other = logits if uncond is None else uncond
     tile = min(TILE, max(16, triton.next_power_of_2(columns)))
+    tiles = triton.next_power_of_2(triton.cdiv(columns, tile))
     rows_per_program = PROGRAM_CODES // tile
     _sample_kernel[(triton.cdiv(rows, rows_per_program),)](
         logits, other, seeds, positions, steps, codes, confidences,
         rows, columns, *logits.stride(), *other.stride(), seeds.stride(0), positions.stride(0), steps.stride(0),
         1.0 + guidance, guidance, 1.0 / temperature if temperature > 0.0 else 0.0, stream,
-        ROWS=rows_per_program, TILE=tile, GUIDED=uncond is not None, NOISY=temperature > 0.0,
-        num_warps=NUM_WARPS, enable_fp_fusion=False,
+        ROWS=rows_per_program, TILE=tile, TILES=tiles, GUIDED=uncond is not None, NOISY=temperature > 0.0,
+        ALIGNED=all(_is_aligned(scores) for scores in (logits, other)), num_warps=NUM_WARPS, enable_fp_fusion=False,
     )  # fmt: skip
+
+
+def _is_aligned(scores: Tensor) -> bool:
+    """Will Triton load 16 bytes at a time? It knows of strides and sizes only whether 16 divides them."""
+    (rows, columns), (row, column) = scores.shape, scores.stride()
+    return column == 1 and columns % 16 == 0 and (row % 16 == 0 or rows == 1)
 
 
 def head_sample(

@@ -37,6 +37,7 @@ def _sampling() -> Iterator[Call]:
         yield Call("greedy", "sample_tokens", (logits, *where, 0.0, None, 0.0, 0))
         yield Call("text", "sample_tokens", (text, *where, 1.0, None, 0.0, 2))
         yield Call("short rows", "sample_tokens", (few, *where, 1.0, None, 0.0, 0))
+        yield Call("one code", "sample_tokens", (few[:, :1], *where, 1.0, few[:, :1], 1.0, 0))
         states, weight = _meta(rows, hidden, dtype=dtype), _meta(codes, hidden, dtype=dtype)
         yield Call("head", "head_sample", (states, weight, None, *where, 1.0, states, 3.0, 0))
     confidence, counts = _meta(rows, dtype=torch.float32), _meta(images + 1, dtype=torch.int32)
