@@ -4,7 +4,8 @@
 // a time, where a team of `lanes` = E / 16 lanes (a power of two, at most 32) works on one token. Blocks own contiguous
 // ranges of tokens, and all blocks are resident at once (a cooperative launch), so one launch serves every size:
 //
-//   1. rows. P tokens at a time: scores, choice, weights. Bit (e, i) of a table in shared memory says that token i chose
+//   1. rows. P tokens at a time: scores, choice, weights. Bit (e, i) of a table in shared memory says that token i
+//   chose
 //      expert e, so the rank of a slot among its block's slots of the same expert is a count of bits: earlier tokens.
 //      Per block: slots and probabilities per expert, tokens per group.
 //   2. all blocks wait for each other.
@@ -14,9 +15,9 @@
 // Stable by construction, no atomics in any result: the only ones (bits and counts in shared memory) commute exactly.
 // The importance sums depend on how many blocks there are, hence on the chip, not on chance.
 //
-// Cost: T * E logits and T * K * 20 bytes of plan and ranks; per block 8 E bytes, which every block reads again from the
-// second-level cache. For 8192 tokens, 64 experts, k = 8 in bfloat16: 2.4 MB, 0.6 us at 4 TB/s; 128 blocks read 4 MB of
-// counts. So the floor is latency: one launch, one wait of all blocks for each other, K passes of the selection.
+// Cost: T * E logits and T * K * 20 bytes of plan and ranks; per block 8 E bytes, which every block reads again from
+// the second-level cache. For 8192 tokens, 64 experts, k = 8 in bfloat16: 2.4 MB, 0.6 us at 4 TB/s; 128 blocks read 4
+// MB of counts. So the floor is latency: one launch, one wait of all blocks for each other, K passes of the selection.
 #include <tuple>
 
 #include <cooperative_groups.h>
@@ -94,17 +95,17 @@ struct Carver {
 };
 
 struct ForwardMemory {
-  double* sums;         // [experts] of probabilities
-  float* probability;   // [P, stride]
-  float* partial;       // [kMostExperts]
-  float* chosen;        // [P, top_k] weights
-  uint32_t* taken;      // [experts, words]: bit i of row e says that token i chose e
-  int32_t* slots;       // [experts] slots of this block so far
-  int32_t* start;       // [experts] where they go
-  int32_t* tokens;      // [groups]
-  int32_t* bad;         // [1]
-  int16_t* index;       // [P, top_k] experts
-  int stride;           // odd: a column's rows fall on different banks
+  double* sums;        // [experts] of probabilities
+  float* probability;  // [P, stride]
+  float* partial;      // [kMostExperts]
+  float* chosen;       // [P, top_k] weights
+  uint32_t* taken;     // [experts, words]: bit i of row e says that token i chose e
+  int32_t* slots;      // [experts] slots of this block so far
+  int32_t* start;      // [experts] where they go
+  int32_t* tokens;     // [groups]
+  int32_t* bad;        // [1]
+  int16_t* index;      // [P, top_k] experts
+  int stride;          // odd: a column's rows fall on different banks
   unsigned char* end;
 
   __host__ __device__ ForwardMemory(const Problem& a, unsigned char* memory) : stride(a.experts | 1) {
@@ -199,7 +200,8 @@ __device__ void count_slots(const Forward& a, const ForwardMemory& shared, int64
 __device__ void find_starts(const Forward& a, const ForwardMemory& shared) {
   const int experts = a.problem.experts, blocks = gridDim.x, here = blockIdx.x;
   const int wide = power_of_two(experts), parts = wide < kThreads ? kThreads / wide : 1;
-  int32_t* total = reinterpret_cast<int32_t*>(shared.probability);  // [parts, wide] each; P * stride >= 2 * parts * wide
+  int32_t* total =
+      reinterpret_cast<int32_t*>(shared.probability);  // [parts, wide] each; P * stride >= 2 * parts * wide
   int32_t* before = total + parts * wide;
   for (int at = threadIdx.x; at < wide * parts; at += kThreads) {
     const int e = at % wide;
@@ -251,7 +253,8 @@ __device__ void find_starts(const Forward& a, const ForwardMemory& shared) {
   __syncthreads();
 }
 
-// Step 3, second half, of the experts of this warp: probabilities in order of the blocks, divided by the group's tokens.
+// Step 3, second half, of the experts of this warp: probabilities in order of the blocks, divided by the group's
+// tokens.
 __device__ void write_importance(const Forward& a) {
   const Problem& problem = a.problem;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, blocks = gridDim.x;
@@ -301,7 +304,8 @@ __global__ void __launch_bounds__(kThreads, 2) route_kernel(const __grid_constan
     a.block_slots[block * experts + e] = shared.slots[e];
     a.block_probability[block * experts + e] = static_cast<float>(shared.sums[e]);
   }
-  for (int g = threadIdx.x; g < problem.groups; g += kThreads) a.block_tokens[block * problem.groups + g] = shared.tokens[g];
+  for (int g = threadIdx.x; g < problem.groups; g += kThreads)
+    a.block_tokens[block * problem.groups + g] = shared.tokens[g];
   if (threadIdx.x == 0 && a.block_bad != nullptr) a.block_bad[block] = *shared.bad;
 
   cooperative_groups::this_grid().sync();
@@ -405,17 +409,17 @@ Problem make_problem(const Tensor& logits, int64_t top_k, const Tensor* token_gr
                      const std::string& scoring, bool renormalize, double scale) {
   check_shapes(logits, top_k, token_group != nullptr, bounds, kMostExperts);
   check(top_k <= kMostChoices, "route: the CUDA kernels take top_k up to ", kMostChoices, ", got ", top_k);
-  Problem problem = {logits.const_data_ptr(),
-                     logits.stride(0),
-                     logits.stride(1),
-                     logits.size(0),
-                     token_group == nullptr ? nullptr : pointer<int32_t>(*token_group),
-                     static_cast<int>(logits.size(1)),
-                     static_cast<int>(bounds.size()) - 1,
-                     power_of_two((static_cast<int>(logits.size(1)) + kPart - 1) / kPart),
-                     {parse_scoring(scoring) == Scoring::sigmoid, renormalize, static_cast<int>(top_k),
-                      static_cast<float>(scale)},
-                     {}};
+  Problem problem = {
+      logits.const_data_ptr(),
+      logits.stride(0),
+      logits.stride(1),
+      logits.size(0),
+      token_group == nullptr ? nullptr : pointer<int32_t>(*token_group),
+      static_cast<int>(logits.size(1)),
+      static_cast<int>(bounds.size()) - 1,
+      power_of_two((static_cast<int>(logits.size(1)) + kPart - 1) / kPart),
+      {parse_scoring(scoring) == Scoring::sigmoid, renormalize, static_cast<int>(top_k), static_cast<float>(scale)},
+      {}};
   std::copy(bounds.begin(), bounds.end(), problem.bounds);
   return problem;
 }
@@ -424,7 +428,8 @@ Problem make_problem(const Tensor& logits, int64_t top_k, const Tensor* token_gr
 template <class Kernel>
 int64_t resident_blocks(const DeviceScope& device, Kernel kernel, size_t shared_bytes, int64_t wanted) {
   int per_multiprocessor = 0;
-  check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kernel, kThreads, shared_bytes), "route");
+  check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kernel, kThreads, shared_bytes),
+             "route");
   const int64_t most = int64_t(per_multiprocessor) * device.attribute(cudaDevAttrMultiProcessorCount);
   return std::max<int64_t>(1, std::min(most, wanted));
 }
@@ -440,10 +445,9 @@ void for_dtype(ScalarType dtype, Call call) {
 }
 
 // check_finite: waits for the device and names the first token with a bad logit or group.
-void refuse_bad(const DeviceScope& device, const Tensor& block_bad, int groups) {
-  std::vector<int32_t> bad(block_bad.numel());
-  check_cuda(cudaMemcpyAsync(bad.data(), block_bad.const_data_ptr(), bad.size() * sizeof(int32_t),
-                             cudaMemcpyDeviceToHost, device.stream()),
+void refuse_bad(const DeviceScope& device, const int32_t* block_bad, int64_t blocks, int groups) {
+  std::vector<int32_t> bad(blocks);
+  check_cuda(cudaMemcpyAsync(bad.data(), block_bad, blocks * sizeof(int32_t), cudaMemcpyDeviceToHost, device.stream()),
              "route");
   check_cuda(cudaStreamSynchronize(device.stream()), "route");
   const int32_t token = *std::min_element(bad.begin(), bad.end());
@@ -472,10 +476,10 @@ Plan route(const Tensor& logits, int64_t top_k, std::optional<Tensor> token_grou
     const auto kernel = route_kernel<decltype(logit)>;
     const size_t shared_bytes = ForwardMemory(problem, nullptr).end - static_cast<unsigned char*>(nullptr);
     const int64_t blocks = resident_blocks(device, kernel, shared_bytes, problem.passes());
-    const Tensor block_slots = device.empty<2>({blocks, experts}, i32);
-    const Tensor block_probability = device.empty<2>({blocks, experts}, f32);
-    const Tensor block_tokens = device.empty<2>({blocks, problem.groups}, i32);
-    const Tensor block_bad = device.empty<1>({blocks}, i32);
+    const Tensor scratch = device.empty<1>({blocks * (2 * experts + problem.groups + 1)}, i32);  // one allocation
+    int32_t* block_slots = mutable_pointer<int32_t>(scratch);
+    int32_t* block_tokens = block_slots + 2 * blocks * experts;
+    int32_t* block_bad = block_tokens + blocks * problem.groups;
     const Forward a{problem,
                     selection_bias ? pointer<float>(*selection_bias) : nullptr,
                     mutable_pointer<float>(weights),
@@ -486,12 +490,12 @@ Plan route(const Tensor& logits, int64_t top_k, std::optional<Tensor> token_grou
                     mutable_pointer<int32_t>(load),
                     mutable_pointer<float>(importance),
                     mutable_pointer<float>(logsumexp),
-                    mutable_pointer<int32_t>(block_slots),
-                    mutable_pointer<float>(block_probability),
-                    mutable_pointer<int32_t>(block_tokens),
-                    check_finite ? mutable_pointer<int32_t>(block_bad) : nullptr};
+                    block_slots,
+                    reinterpret_cast<float*>(block_slots + blocks * experts),
+                    block_tokens,
+                    check_finite ? block_bad : nullptr};
     device.launch(kernel, blocks, kThreads, shared_bytes, true, a);
-    if (check_finite) refuse_bad(device, block_bad, problem.groups);
+    if (check_finite) refuse_bad(device, block_bad, blocks, problem.groups);
   });
   return {weights, chosen, offsets, order, position, load, importance, logsumexp};
 }

@@ -1,9 +1,9 @@
 // One token's row, worked on by a team of 1 to 32 lanes: scores, choice, weights, and their gradients.
 //
 // Lane l owns the columns 16 l .. 16 l + 15 of the token's group, in registers. 16 is also the length of a part in the
-// row sums (Sum, common/routing.h): a lane adds its columns one after the other, and the team adds the parts in order of
-// the lanes. So every sum runs in the order of the CPU kernels, and with the functions of common/numerics.h all results
-// of a row, the choice under a selection bias included, have the *same bits* as theirs.
+// row sums (Sum, common/routing.h): a lane adds its columns one after the other, and the team adds the parts in order
+// of the lanes. So every sum runs in the order of the CPU kernels, and with the functions of common/numerics.h all
+// results of a row, the choice under a selection bias included, have the *same bits* as theirs.
 //
 // Full warps only: lanes without a token work on somebody else's and store nothing. Arrays are indexed by constants
 // after unrolling, which keeps them in registers.
@@ -22,7 +22,11 @@ struct Team {
   int own;          // columns of this lane
 
   __device__ __forceinline__ Team(int lanes, int lane, int n)
-      : lanes(lanes), lane(lane), own(n - lane * kPart < 0 ? 0 : n - lane * kPart < kPart ? n - lane * kPart : kPart) {}
+      : lanes(lanes),
+        lane(lane),
+        own(n - lane * kPart < 0       ? 0
+            : n - lane * kPart < kPart ? n - lane * kPart
+                                       : kPart) {}
 
   __device__ __forceinline__ float max(float x) const {
     for (int step = lanes / 2; step > 0; step /= 2) x = maximum(x, __shfl_xor_sync(kAllLanes, x, step));
@@ -113,8 +117,8 @@ __device__ __forceinline__ void list_exponentials(const float* values, int k, fl
 
 // The k columns with the largest keys, best first, ties to the lower column: index[j] = column, chosen[j] = its value.
 // One pass per choice: every lane finds its best, the team the best of them, and the winner's lane crosses it out.
-__device__ __forceinline__ void select_top_k(const Team& team, int32_t (&key)[kPart], const float (&value)[kPart], int k,
-                                             int16_t* index, float* chosen) {
+__device__ __forceinline__ void select_top_k(const Team& team, int32_t (&key)[kPart], const float (&value)[kPart],
+                                             int k, int16_t* index, float* chosen) {
   for (int j = 0; j < k; ++j) {
     int32_t best = kTaken;
     int at = 0;
@@ -155,8 +159,8 @@ struct Rule {
   float scale;
 };
 
-// Forward of one row, whose logits stand in x. Leaves the probabilities in p, the choice in index (columns of the group)
-// and the weights in chosen. `bias` may be null. `bad`: this lane saw a logit that is not finite.
+// Forward of one row, whose logits stand in x. Leaves the probabilities in p, the choice in index (columns of the
+// group) and the weights in chosen. `bias` may be null. `bad`: this lane saw a logit that is not finite.
 __device__ __forceinline__ void forward_row(const Team& team, const Rule& rule, const float* bias, float (&x)[kPart],
                                             float (&p)[kPart], int16_t* index, float* chosen, float& logsumexp,
                                             bool& bad) {
@@ -207,13 +211,14 @@ __device__ __forceinline__ void forward_row(const Team& team, const Rule& rule, 
   for (int c = 0; c < kPart; ++c) p[c] *= inverse;
 }
 
-// The value of one column of the row, in every lane. By masks: a chain of selections would be compiled into a load from
-// local memory.
+// The value of one column of the row, in every lane. The test is of a bit: out of `column % kPart == c` the compiler
+// would conclude x[column % kPart], a load from local memory.
 __device__ __forceinline__ float pick(const Team& team, const float (&x)[kPart], int column) {
-  int32_t bits = 0;
+  const unsigned bit = 1u << (column % kPart);
+  float value = 0.0f;
 #pragma unroll
-  for (int c = 0; c < kPart; ++c) bits |= column % kPart == c ? float_bits(x[c]) : 0;
-  return __shfl_sync(kAllLanes, bits_float<float>(bits), column / kPart, team.lanes);
+  for (int c = 0; c < kPart; ++c) value = bit & (1u << c) ? x[c] : value;
+  return __shfl_sync(kAllLanes, value, column / kPart, team.lanes);
 }
 
 // Gradient of one row, whose logits stand in x; the mathematics stands at backward_part of cpu/routing_tile.h. `index`

@@ -7,5 +7,7 @@ namespace cooperative_groups {
 struct grid_group {
   void sync() const { emulator::wait(emulator::grid_barrier, 0); }
 };
-inline grid_group this_grid() { return {}; }
+inline grid_group this_grid() {
+  return {};
+}
 }  // namespace cooperative_groups

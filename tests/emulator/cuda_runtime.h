@@ -1,11 +1,12 @@
-// CUDA kernels on a CPU, to prove what they compute where there is no GPU. This file stands in for <cuda_runtime.h>: with
-// tests/emulator first in the include path, a .cu compiles as plain C++ (emulated.cpp) and its launches run here.
+// CUDA kernels on a CPU, to prove what they compute where there is no GPU. This file stands in for <cuda_runtime.h>:
+// with tests/emulator first in the include path, a .cu compiles as plain C++ (emulated.cpp) and its launches run here.
 //
-// Every thread of a block is a fiber with a stack of its own. A fiber runs until it waits for others: at a barrier of its
-// warp, of its block or of the grid. Blocks run one after the other, up to a barrier of the grid. So the emulator proves
-// results, the pairing of barriers (a wait that never ends, or lanes of a warp that meet in different operations, ends
-// the process) and the bounds of dynamic shared memory, which starts as NaN. It proves nothing about speed and little
-// about memory ordering; running the fibers in reverse order (`emulator_setup`) shows many missing barriers.
+// Every thread of a block is a fiber with a stack of its own. A fiber runs until it waits for others: at a barrier of
+// its warp, of its block or of the grid. Blocks run one after the other, up to a barrier of the grid. So the emulator
+// proves results, the pairing of barriers (a wait that never ends, or lanes of a warp that meet in different
+// operations, ends the process) and the bounds of dynamic shared memory, which starts as NaN. It proves nothing about
+// speed and little about memory ordering; running the fibers in reverse order (`emulator_setup`) shows many missing
+// barriers.
 //
 // Left out: warp operations by less than 32 lanes, static shared memory across barriers of the grid, streams.
 #pragma once
@@ -99,7 +100,9 @@ inline void wait(Barrier& barrier, int tag) {
   }
 }
 
-inline int lane() { return static_cast<int>(current->index.x % 32); }
+inline int lane() {
+  return static_cast<int>(current->index.x % 32);
+}
 
 // Every lane gives a value and reads that of lane `source(slots)`, or whatever it makes of all of them.
 template <class T, class Read>
@@ -125,7 +128,8 @@ inline void run_thread() {
 }
 
 inline void run(dim3 grid, dim3 block_dim, size_t shared_bytes, const std::function<void()>& kernel) {
-  if (block_dim.x % 32 != 0 || block_dim.y * block_dim.z * grid.y * grid.z != 1) fail("only whole warps in one dimension");
+  if (block_dim.x % 32 != 0 || block_dim.y * block_dim.z * grid.y * grid.z != 1)
+    fail("only whole warps in one dimension");
   gridDim = grid, blockDim = block_dim, body = &kernel;
   grid_barrier = {static_cast<int>(grid.x * block_dim.x)};
   std::vector<Block> blocks(grid.x);
@@ -176,9 +180,15 @@ inline void run(dim3 grid, dim3 block_dim, size_t shared_bytes, const std::funct
 
 }  // namespace emulator
 
-inline void __syncthreads() { emulator::wait(emulator::current->block->barrier, 0); }
-inline void __syncwarp(unsigned = 0xffffffff) { emulator::wait(emulator::current->warp->barrier, 1); }
-inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline void __syncthreads() {
+  emulator::wait(emulator::current->block->barrier, 0);
+}
+inline void __syncwarp(unsigned = 0xffffffff) {
+  emulator::wait(emulator::current->warp->barrier, 1);
+}
+inline int __popc(unsigned x) {
+  return __builtin_popcount(x);
+}
 
 template <class T>
 T __shfl_sync(unsigned mask, T value, int from, int width = 32) {
@@ -241,10 +251,18 @@ struct cudaLaunchConfig_t {
   unsigned numAttrs;
 };
 
-inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
-inline cudaError_t cudaGetDevice(int* index) { return *index = -1, cudaSuccess; }  // the index of CPU tensors
-inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
-inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+inline const char* cudaGetErrorString(cudaError_t) {
+  return "no error";
+}
+inline cudaError_t cudaGetDevice(int* index) {
+  return *index = -1, cudaSuccess;
+}  // the index of CPU tensors
+inline cudaError_t cudaSetDevice(int) {
+  return cudaSuccess;
+}
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) {
+  return cudaSuccess;
+}
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
   return *value = emulator::multiprocessors, cudaSuccess;
 }

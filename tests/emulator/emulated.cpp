@@ -9,7 +9,9 @@
 #include "cuda/device.h"
 
 extern "C" {
-AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) { return *stream = nullptr, 0; }
+AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
+  return *stream = nullptr, 0;
+}
 
 // How many blocks run at once (of cooperative launches), and in which order the threads of a block.
 void emulator_setup(int multiprocessors, int reversed) {
