@@ -23,26 +23,8 @@ namespace {
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 
-// One integer per row, int32 or int64, with any stride.
-struct Integers64 {
-  const void* data;
-  int64_t stride;
-  bool wide;
-
-  Integers64(const char* op, const char* name, const Tensor& tensor, int64_t rows)
-      : data(tensor.const_data_ptr()), wide(tensor.scalar_type() == ScalarType::Long) {
-    check(wide || tensor.scalar_type() == ScalarType::Int, op, ": ", name, " must be int32 or int64, got ",
-          dtype_name(tensor.scalar_type()));
-    check(tensor.dim() == 1 && tensor.size(0) == rows, op, ": ", name, " must have ", rows, " elements");
-    stride = tensor.stride(0);
-  }
-  __device__ int64_t operator[](int64_t row) const {
-    return wide ? static_cast<const int64_t*>(data)[row * stride] : static_cast<const int32_t*>(data)[row * stride];
-  }
-};
-
 struct Places {
-  Integers64 seeds, positions, steps;
+  IntegerColumn seeds, positions, steps;
 };
 
 // How rows are sampled.
@@ -276,7 +258,7 @@ constexpr int kRemaskThreads = 256;  // rows of a face of 256 pixels: one per th
 
 struct Images {
   Floats confidence, tau;
-  Integers64 offsets, keep, seeds, positions, steps;
+  IntegerColumn offsets, keep, seeds, positions, steps;
   int64_t rows;
   int32_t* keys;
   bool* mask;

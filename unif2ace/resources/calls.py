@@ -45,4 +45,27 @@ def _sampling() -> Iterator[Call]:
     yield Call("remask", "remask", (confidence, counts, counts[:images], *image))
 
 
-CALLS: dict[str, Callable[[], Iterator[Call]]] = {"sampling": _sampling}
+def _routing() -> Iterator[Call]:
+    """The preset's 2 x 8 experts, and the other tiles that the number of experts asks for."""
+    for experts, groups, top_k, dtype, scoring, renormalize, bias in (
+        (16, 2, 4, torch.bfloat16, "softmax", True, False),
+        (16, 2, 4, torch.float32, "softmax", False, True),
+        (64, 1, 8, torch.bfloat16, "sigmoid", True, True),
+        (128, 1, 8, torch.bfloat16, "softmax", True, False),
+        (256, 8, 8, torch.bfloat16, "sigmoid", False, True),
+        (512, 1, 16, torch.bfloat16, "softmax", True, False),
+        (512, 2, 16, torch.float16, "sigmoid", True, True),
+    ):
+        logits = torch.empty(8192, experts, dtype=dtype, device="meta")
+        bounds = [g * experts // groups for g in range(groups + 1)]
+        group = torch.empty(8192, dtype=torch.int32, device="meta") if groups > 1 else None
+        selection_bias = torch.empty(experts, device="meta") if bias else None
+        label = f"{experts} experts"
+        arguments = (logits, top_k, group, bounds, scoring, selection_bias, renormalize, 1.0, False)
+        yield Call(label, "route", arguments)
+        grads = [torch.empty(*shape, device="meta") for shape in ((8192, top_k), (experts,), (8192,))]
+        chosen = torch.empty(8192, top_k, dtype=torch.int32, device="meta")
+        yield Call(label, "route_backward", (*grads, logits, chosen, group, bounds, scoring, renormalize, 1.0))
+
+
+CALLS: dict[str, Callable[[], Iterator[Call]]] = {"routing": _routing, "sampling": _sampling}
