@@ -35,7 +35,7 @@ from torch import Tensor
 # flight, with eight blocks per multiprocessor several times what latency * bandwidth of an H200 asks for.
 _TILE = 2048
 _WARPS = 4
-_TALL = 16  # rows of a tile at most: each of them is compared with 128 offsets at once
+_TALL = 4  # rows of a tile at most: each of them is compared with 128 offsets at once, and 8 spill on sm_90
 _SUM = 1024  # rows that a program of the second stage adds at once
 
 
