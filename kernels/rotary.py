@@ -31,7 +31,7 @@ from unif2ace.kernels._device import INTERPRETED
 # Numbers of a tile: with 2 warps, 32 a thread, 8 of each turned half where r is a quarter of dim: 16-byte loads.
 # Backward holds four tiles (x, g and the sums of both gradients), each half as large: 128 registers instead of 235,
 # and twice the warps to hide its arithmetic behind, for 8-byte loads of the turned halves. The interpreter likes few.
-_FORWARD_TILE, _BACKWARD_TILE = (1 << 14, 1 << 14) if INTERPRETED else (2048, 1024)
+_FORWARD_TILE, _BACKWARD_TILE = (1 << 12, 1 << 12) if INTERPRETED else (2048, 1024)
 _PROGRAMS = 1024  # of backward, at most: eight for each multiprocessor of an H100
 _WARPS = 2
 

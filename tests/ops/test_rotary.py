@@ -22,7 +22,7 @@ SIZES = {
 }
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
-CASES = [(name, dtype) for dtype in DTYPES for name in available_backends("rotary", "cpu", dtype)]
+CASES = [(name, dtype) for dtype in DTYPES for name in available_backends("rotary", dtype)]
 each_case = pytest.mark.parametrize(("backend", "dtype"), CASES, ids=str)
 
 
