@@ -33,7 +33,7 @@ from torch import Tensor
 from unif2ace.kernels._device import INTERPRETED, multiprocessors
 from unif2ace.kernels._numerics import exp_nonpositive, log_positive, log_sigmoid, ordered_key, sigmoid
 
-MAX_EXPERTS = 2048  # one row of 8 warps, 8 columns per thread
+MAX_EXPERTS = 1024  # tested without spills
 
 _TAKEN = tl.constexpr(-(2**31))  # key of columns that are taken or not seen: below the keys of all floats
 _SCAN_TILES, _SCAN_EXPERTS = 128, 16  # tile of _scan: 64-byte pieces of rows
