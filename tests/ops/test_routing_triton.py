@@ -49,6 +49,19 @@ def test_many_tiles(name: str, tile: int):
     torch.testing.assert_close(grad, wanted)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="launches are counted by Triton's interpreter")
+@pytest.mark.parametrize("name", ["one-token", "unequal-groups"])
+def test_three_launches_and_one(name: str):
+    from triton.runtime.interpreter import GridExecutor
+
+    arguments = problem(ROUTING_SMALL[name])
+    with mock.patch.object(GridExecutor, "__call__", autospec=True, side_effect=GridExecutor.__call__) as launch:
+        plan = route(**{**arguments, "logits": arguments["logits"].requires_grad_(True)}, backend="triton")
+        assert launch.call_count == 3
+        plan.weights.sum().backward()
+        assert launch.call_count == 4
+
+
 @pytest.mark.skipif("native" not in available_backends("routing"), reason="the compiled module is not built")
 def test_choice_by_a_sigmoid_hangs_on_its_last_bit():
     """Near 1 many scores differ by one rounding or not at all: only equal bits give equal experts."""
