@@ -4,10 +4,11 @@ A peer is timed in the same interleaved run as our back ends, after the same gat
 op, what it needs and how to make its function. A peer that cannot run is absent with a reason, never silently.
 
 * transformers: its `experts_implementation`s "eager" (a loop over experts), "grouped_mm" and "batched_mm", run through
-  the forward of the experts classes of its models (Nemotron-H without a gate, Mixtral with one).
+  the forward of the experts classes of its models (Nemotron-H without a gate, Mixtral with one), and in whole models.
 * torch: `torch.nn.functional.grouped_mm` with a finished routing plan, three samplers, and
   `scaled_dot_product_attention` with one mask for all sequences: what one writes without this package.
-* liger: the linear cross entropy of liger-kernel, on a GPU.
+* liger: the experts and the linear cross entropy of liger-kernel, on a GPU.
+* `compiled`: the op's plain definition through `torch.compile`, on a GPU.
 """
 
 from __future__ import annotations
@@ -29,11 +30,13 @@ from unif2ace.ops.experts import GATED, activate
 
 @dataclass(frozen=True)
 class Peer:
-    """One rival of `op`; `make(*what the op's benchmark knows)` gives its function over the problem's inputs."""
+    """One rival of `op`; `make(*what the op's benchmark knows)` gives its function over the problem's inputs, or None
+    where it does not compute that.
+    """
 
     op: str
     name: str
-    make: Callable[..., Function]
+    make: Callable[..., Function | None]
     module: str | None = None  # to be installed
     devices: tuple[str, ...] = ("cpu", "cuda")
 
@@ -48,7 +51,13 @@ class Peer:
 
 def present(op: str, device: str, *known: object) -> dict[str, Function]:
     """The functions of all peers of `op` that can run here; `known` goes to their makers."""
-    return {peer.name: peer.make(*known) for peer in PEERS if peer.op == op and peer.why_not(device) is None}
+    made = {peer.name: peer.make(*known) for peer in PEERS if peer.op == op and peer.why_not(device) is None}
+    return {name: function for name, function in made.items() if function is not None}
+
+
+def compiled(reference: Function, device: str) -> dict[str, Function]:
+    """The plain definition through `torch.compile`, on a GPU: what one has without writing a kernel."""
+    return {"torch: compiled": torch.compile(reference, dynamic=False)} if device == "cuda" else {}
 
 
 def absent(op: str, device: str) -> dict[str, str]:
@@ -100,6 +109,11 @@ def transformers_experts(implementation: str) -> Callable[[ExpertShape, RoutingP
     return make
 
 
+def transformers_model(implementation: str) -> Callable[[Callable[[str, str], Function]], Function]:
+    """A whole model of transformers; `through(implementation, back end)` of the benchmark makes its call."""
+    return lambda through: through(implementation, "auto")
+
+
 def torch_grouped_mm(shape: ExpertShape, plan: RoutingPlan) -> Function:
     """Gather, `torch.nn.functional.grouped_mm`, activation, `grouped_mm`, weighted sum; the plan is given, as to us."""
     rows, position, ends = plan.order.long() // shape.top_k, plan.position.long(), plan.offsets[1:]
@@ -111,6 +125,15 @@ def torch_grouped_mm(shape: ExpertShape, plan: RoutingPlan) -> Function:
         return ((slots * weights[..., None]).sum(1).to(x.dtype),)
 
     return function
+
+
+def liger_experts(shape: ExpertShape, plan: RoutingPlan) -> Function | None:
+    """liger-kernel's fused experts in Triton, which know SwiGLU alone and sort the slots themselves."""
+    if shape.activation != "swiglu":
+        return None
+    from liger_kernel.ops.fused_moe import LigerFusedMoEFunction
+
+    return lambda x, weights, w_up, w_down: (LigerFusedMoEFunction.apply(x, w_up, w_down, plan.experts, weights),)
 
 
 def torch_grouped_gemm(offsets: Tensor) -> Function:
@@ -211,6 +234,10 @@ PEERS = (
     Peer("experts", "transformers: grouped_mm", transformers_experts("grouped_mm"), "transformers"),
     Peer("experts", "transformers: batched_mm", transformers_experts("batched_mm"), "transformers"),
     Peer("experts", "torch: grouped_mm", torch_grouped_mm),
+    Peer("experts", "liger: fused experts", liger_experts, "liger_kernel", devices=("cuda",)),
+    Peer("hub_model", "transformers: eager", transformers_model("eager"), "transformers"),
+    Peer("hub_model", "transformers: grouped_mm", transformers_model("grouped_mm"), "transformers"),
+    Peer("hub_model", "transformers: batched_mm", transformers_model("batched_mm"), "transformers"),
     Peer("grouped_gemm", "torch: grouped_mm", torch_grouped_gemm),
     Peer("sampling", "torch: exponential race", exponential_race),
     Peer("sampling", "torch: race of uniforms", race_of_uniforms),

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common/checks.h"
+#include "common/numerics.h"
 #include "common/stable.h"
 
 namespace unif2ace {
@@ -53,7 +54,7 @@ class IntegerColumn {
     stride_ = tensor.stride(0);
     wide_ = dtype == ScalarType::Long;
   }
-  int64_t operator[](int64_t row) const {
+  UNIF2ACE_INLINE int64_t operator[](int64_t row) const {
     return wide_ ? static_cast<const int64_t*>(data_)[row * stride_]
                  : static_cast<const int32_t*>(data_)[row * stride_];
   }

@@ -70,6 +70,7 @@ struct Block {
   Barrier barrier;
   std::vector<Warp> warps;
   std::vector<unsigned char> shared;
+  int votes = 0;
 };
 
 struct Thread {
@@ -183,6 +184,16 @@ inline void run(dim3 grid, dim3 block_dim, size_t shared_bytes, const std::funct
 inline void __syncthreads() {
   emulator::wait(emulator::current->block->barrier, 0);
 }
+inline int __syncthreads_count(int predicate) {
+  emulator::Block& block = *emulator::current->block;
+  block.votes += predicate != 0;
+  emulator::wait(block.barrier, 7);
+  const int votes = block.votes;
+  emulator::wait(block.barrier, 7);
+  block.votes = 0;
+  emulator::wait(block.barrier, 7);
+  return votes;
+}
 inline void __syncwarp(unsigned = 0xffffffff) {
   emulator::wait(emulator::current->warp->barrier, 1);
 }
@@ -235,7 +246,7 @@ T atomicMin(T* at, T value) {
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess };
 enum cudaMemcpyKind { cudaMemcpyDeviceToHost };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrL2CacheSize };
 enum cudaLaunchAttributeID { cudaLaunchAttributeCooperative };
 struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
@@ -263,8 +274,11 @@ inline cudaError_t cudaSetDevice(int) {
 inline cudaError_t cudaStreamSynchronize(cudaStream_t) {
   return cudaSuccess;
 }
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  return *value = emulator::multiprocessors, cudaSuccess;
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
+  return *value = which == cudaDevAttrL2CacheSize ? 1 << 17 : emulator::multiprocessors, cudaSuccess;
+}
+inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
+  return std::memset(to, value, bytes), cudaSuccess;
 }
 template <class Kernel>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int, size_t) {

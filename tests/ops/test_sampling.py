@@ -12,14 +12,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from benchmarks.shapes import SAMPLING_SMALL, SamplingShape
-from tests.oracle import DTYPES, assert_close, available_backends, noncontiguous, poisoned, registered
+from tests.oracle import DTYPES, assert_close, available_backends, noncontiguous, poisoned, registered, seeded
 from unif2ace.errors import UserError
 from unif2ace.ops import _noise, _registry, head_sample, remask, sample_tokens
 from unif2ace.ops.sampling import reference_sample_tokens
 
 BACKENDS = available_backends("sampling")
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+CASES = [(name, dtype) for dtype in DTYPES for name in available_backends("sampling", dtype)]
+each_case = pytest.mark.parametrize(("backend", "dtype"), CASES, ids=str)
 each_shape = pytest.mark.parametrize("shape", SAMPLING_SMALL.values(), ids=SAMPLING_SMALL.keys())
 
 
@@ -43,10 +44,9 @@ def problem(shape: SamplingShape, dtype: torch.dtype = torch.float32) -> dict[st
 # -------------------------------------------------------------------------------------------------------- sample_tokens
 
 
-@each_dtype
 @each_shape
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
-@each_backend
+@each_case
 def test_every_back_end_gives_the_same_tokens(
     backend: str, temperature: float, shape: SamplingShape, dtype: torch.dtype
 ):
@@ -206,7 +206,7 @@ def test_float64_logits_use_the_same_noise():
     seed=st.integers(0, 1000),
 )
 def test_sampling_invariants(rows: int, columns: int, temperature: float, seed: int):
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     logits = torch.randint(-4, 5, (rows, columns), generator=generator).float()
     seeds = torch.randint(-(2**62), 2**62, (rows,), generator=generator)
     positions, steps = torch.arange(rows), torch.zeros(rows, dtype=torch.int32)
@@ -235,8 +235,7 @@ def test_head_sample_is_head_then_sample(guidance: float, monkeypatch: pytest.Mo
     torch.testing.assert_close(confidence, expected[1])
 
 
-@each_dtype
-@each_backend
+@each_case
 def test_head_sample_confidence_matches_its_code(backend: str, dtype: torch.dtype):
     hidden, weight = torch.randn(33, 24).to(dtype), torch.randn(51, 24).to(dtype)
     codes, confidence = head_sample(hidden, weight, None, **place(33), backend=backend)
