@@ -264,7 +264,7 @@ struct Images {
   bool* mask;
 };
 
-__global__ void __launch_bounds__(kRemaskThreads) remask_kernel(Images a) {
+__global__ void __launch_bounds__(kRemaskThreads, 4) remask_kernel(Images a) {
   const int64_t image = blockIdx.x;
   // Offsets nobody has checked must not lead out of the tensors.
   const int64_t begin = a.offsets[image], end = a.offsets[image + 1];
