@@ -3,15 +3,15 @@
 That file defines counter, words and the way from a word to a Gumbel number; here are only the points where Triton needs
 care to give the same bits:
 
-* `tl.philox` with four uint32 counters and a 64-bit seed is exactly the generator of the contract; how `tl.rand` and
+* `tl.philox` with four uint32 counters and a 64-bit seed is exactly the generator of the contract. How `tl.rand` and
   `tl.randint4x` make counters of offsets differs between releases, so they are not used.
-* A counter gives the words of four consecutive codes. `join` and `reshape` put them in the order of the codes; both
-  move no data where a thread owns four consecutive codes, which a 16-byte load of logits gives it.
+* A counter gives the words of four consecutive codes; a kernel that needs them all takes them as four tensors, since
+  putting them in the order of the codes may move data between threads.
 * No operation may be fused or approximated: every kernel that calls these functions has to be launched with
-  `enable_fp_fusion=False`, and they use +, -, *, comparisons and integer operations only.
+  `enable_fp_fusion=False`, and they use +, -, *, comparisons, conversions and integer operations only.
 
-Cost: about 10 integer operations per word (40 multiplications and as many xors per counter), 45 float operations per
-Gumbel number, 8 per bound.
+Cost, in instructions on Hopper: 60 per counter (40 of them multiplications, since the two halves of a product are two
+instructions), 55 per Gumbel number, 5 per bound.
 """
 
 import triton
