@@ -42,7 +42,7 @@ from unif2ace.kernels import _device, noise
 from unif2ace.ops import _noise
 
 # Codes per tile: with four warps, 16 per thread, that is two 16-byte loads of bfloat16 (a tile ahead) and four Philox
-# counters, which hide each other's latency. With one warp for a row, a few hundred rows would leave most of a chip idle.
+# counters, which hide each other's latency. One warp per row would leave a chip idle with a few hundred rows.
 TILE = 2048
 NUM_WARPS = 4
 # Interpreted programs run one after the other at milliseconds each: let them take more rows.
