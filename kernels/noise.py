@@ -29,11 +29,11 @@ _SERIES_LIMIT = tl.constexpr(_noise.SERIES_LIMIT)
 def block_words(seed, position, step, stream, block):
     """The words of the codes 4 j .. 4 j + 3 for every j of `block`, as four uint32 tensors.
 
-    The arguments are integers whose shapes broadcast; seeds use all 64 bits, the others their low 32.
+    The arguments are integer tensors whose shapes broadcast, `stream` is one number; seeds use all 64 bits, the others
+    their low 32.
     """
-    c0, c1 = tl.to_tensor(block).to(tl.uint32), tl.to_tensor(position).to(tl.uint32)
-    c2, c3 = tl.to_tensor(step).to(tl.uint32), tl.to_tensor(stream).to(tl.uint32)
-    return tl.philox(seed, c0, c1, c2, c3)
+    c0, c1, c2 = block.to(tl.uint32), position.to(tl.uint32), step.to(tl.uint32)
+    return tl.philox(seed, c0, c1, c2, tl.full(c0.shape, stream, tl.uint32))
 
 
 @triton.jit
