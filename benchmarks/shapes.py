@@ -130,6 +130,24 @@ class RotaryShape:
     head_dim: int
 
 
+@dataclass(frozen=True)
+class HubModelShape:
+    """A small random decoder of transformers, `model_type` as its configuration has it.
+
+    One pass over `sequences` prompts of `length` tokens, or with `new_tokens` greedy generation behind them.
+    """
+
+    model_type: str
+    sequences: int
+    length: int
+    new_tokens: int = 0
+    layers: int = 2
+    hidden: int = 512
+    inner: int = 256
+    experts: int = 16
+    top_k: int = 4
+
+
 ROUTING = {
     "decode-1": RoutingShape(1, (0, 8, 16), 4),
     "decode-64": RoutingShape(64, (0, 8, 16), 4),
@@ -244,6 +262,16 @@ ROTARY = {
     "laptop": RotaryShape(32 * 66, 6, 32),
 }
 
+HUB_MODELS = {
+    "qwen3_moe-512": HubModelShape("qwen3_moe", 4, 128),
+    "qwen3_moe-decode-4": HubModelShape("qwen3_moe", 4, 8, new_tokens=16),
+    "gpt_oss-512": HubModelShape("gpt_oss", 4, 128),
+    "gpt_oss-decode-4": HubModelShape("gpt_oss", 4, 8, new_tokens=16),
+    "qwen3_moe-30b": HubModelShape(
+        "qwen3_moe", 2, 1024, hidden=2048, inner=768, experts=128, top_k=8
+    ),  # 2 of 48 layers
+}
+
 # What runs unless more is asked for, by device and benchmark file. `make bench`: within three minutes on two cores.
 # `make gpu`: within nine minutes, and what matters most first, for there it stops when the time is over.
 SHORT = {
@@ -257,6 +285,7 @@ SHORT = {
         "linear": ("laptop",),
         "rotary": ("laptop",),
         "e2e": ("avatars-tiny",),
+        "transformers": ("qwen3_moe-512", "qwen3_moe-decode-4"),
     },
     "cuda": {
         "experts": ("decode-1", *EXPERTS_GRID, "h100-liger", "h100-sonic"),
@@ -268,11 +297,12 @@ SHORT = {
         "omni_attention": ("generate-32", "train"),
         "rotary": ("generate-32",),
         "linear": ("decode-8", "train"),
+        "transformers": ("qwen3_moe-30b",),
     },
 }
 
 
-GPU_ONLY = {"random-1.8b", *EXPERTS_GRID}  # on a CPU only when named, whatever else is asked for
+GPU_ONLY = {"random-1.8b", "qwen3_moe-30b", *EXPERTS_GRID}  # on a CPU only when named, whatever else is asked for
 
 
 def token_groups(shape: RoutingShape) -> list[int] | None:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from unif2ace.errors import UserError
 from unif2ace.files import check_folder, is_image_path, sha256, write_image
 from unif2ace.inputs import open_image
-from unif2ace.pipeline import ENGINES, UniF2acePipeline
+from unif2ace.pipeline import CAPTION_REQUEST, ENGINES, UniF2acePipeline
 
 MAX_COLUMNS = 8
 
@@ -93,6 +93,11 @@ def ask(options: argparse.Namespace) -> None:
     pipe = _pipeline(options)
     face = _face(options.image, pipe.image_size, options.fit)
     started = time.perf_counter()
+    if not options.json and len(options.question) + options.caption == 1:  # one answer is shown while it grows
+        for _, text in pipe.stream_answers(face, options.question or CAPTION_REQUEST):
+            print(text, end="", flush=True)
+        print()
+        return
     answers = pipe.answer(face, options.question) if options.question else []
     caption = pipe.caption(face)[0] if options.caption else None
     seconds = time.perf_counter() - started
@@ -102,7 +107,7 @@ def ask(options: argparse.Namespace) -> None:
         _print_json({**facts, **_machine_facts(pipe, options)})
         return
     for question, answer in zip(options.question, answers, strict=True):
-        print(answer if len(answers) == 1 and caption is None else f"{question} {answer}")
+        print(f"{question} {answer}")
     if caption is not None:
         print(caption)
 
@@ -152,8 +157,8 @@ def evaluate(options: argparse.Namespace) -> None:
         temperature=options.temperature,
         on_step=_progress("drawing", "step"),
     )
-    answers = metrics.evaluate_answers(pipe, table, on_batch=_progress("answering", "answer"))
-    captions = metrics.evaluate_captions(pipe, table, on_batch=_progress("describing", "face"))
+    answers = metrics.evaluate_answers(pipe, table, on_answer=_progress("answering", "answer"))
+    captions = metrics.evaluate_captions(pipe, table, on_answer=_progress("describing", "face"))
     scores = {"generation": drawn, "judge_on_real_faces": real, "answers": answers, "captions": captions}
     if options.json:
         facts = {"faces": len(table), "scores": {name: score.to_dict() for name, score in scores.items()}}

@@ -17,7 +17,8 @@ from tests.bits import assert_same_for_threads, assert_same_on_instruction_sets,
 from tests.oracle import DTYPES, assert_matches_reference, available_backends, noncontiguous
 from unif2ace.errors import UserError
 from unif2ace.ops import _registry, omni_attention
-from unif2ace.ops.omni_attention import AttentionBlocks, _runs, reference_omni_attention
+from unif2ace.ops._sdpa import runs_of
+from unif2ace.ops.omni_attention import AttentionBlocks, reference_omni_attention
 
 BACKENDS = available_backends("omni_attention")
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -199,11 +200,11 @@ def test_a_sequence_does_not_depend_on_its_neighbours(backend: str):
 
 
 def test_equal_blocks_in_even_distance_are_one_call():
-    assert len(_runs(generation([5] * 32, 7))) == 2
-    assert len(_runs(generation([5] * 16 + [6] * 16, 7))) == 4
-    assert len(_runs(tuple((b, b + 1, 100 * b, 100 * b + 40, False) for b in range(32)))) == 1
+    assert len(runs_of(generation([5] * 32, 7))) == 2
+    assert len(runs_of(generation([5] * 16 + [6] * 16, 7))) == 4
+    assert len(runs_of(tuple((b, b + 1, 100 * b, 100 * b + 40, False) for b in range(32)))) == 1
     # shared or overlapping keys are not one run: their gradients are added in turn
-    assert len(_runs(((0, 4, 2, 9, False), (4, 8, 2, 9, False)))) == 2
+    assert len(runs_of(((0, 4, 2, 9, False), (4, 8, 2, 9, False)))) == 2
 
 
 @given(st.data())
