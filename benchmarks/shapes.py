@@ -113,6 +113,15 @@ class ModelShape:
 
 
 @dataclass(frozen=True)
+class GenerationShape:
+    """A batch of faces drawn by a model of `unif2ace.evaluation.speed`."""
+
+    model: str
+    faces: int
+    steps: int = 18
+
+
+@dataclass(frozen=True)
 class LinearShape:
     """M = rows of width K times a matrix of `columns` rows: a projection."""
 
@@ -234,6 +243,13 @@ MODELS = {
     "random-1.8b": ModelShape(32, 4, (24, 8), update=False),
 }
 
+GENERATION = {
+    "avatars-tiny-1": GenerationShape("avatars-tiny", 1),
+    "avatars-tiny-32": GenerationShape("avatars-tiny", 32),
+    "random-100m-1": GenerationShape("random-100m", 1),
+    "random-100m-32": GenerationShape("random-100m", 32, 4),  # a step takes seconds on a laptop
+}
+
 LINEAR = {
     "decode-8": LinearShape(8, 2048, 6144),
     "train": LinearShape(8192, 2048, 6144),
@@ -257,6 +273,7 @@ SHORT = {
         "linear": ("laptop",),
         "rotary": ("laptop",),
         "e2e": ("avatars-tiny",),
+        "generation": ("avatars-tiny-1",),
     },
     "cuda": {
         "experts": ("decode-1", *EXPERTS_GRID, "h100-liger", "h100-sonic"),
