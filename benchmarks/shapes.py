@@ -248,6 +248,7 @@ GENERATION = {
     "avatars-tiny-32": GenerationShape("avatars-tiny", 32),
     "random-100m-1": GenerationShape("random-100m", 1),
     "random-100m-32": GenerationShape("random-100m", 32, 4),  # a step takes seconds on a laptop
+    "random-1.8b-32": GenerationShape("random-1.8b", 32, 6),
 }
 
 LINEAR = {
@@ -285,11 +286,12 @@ SHORT = {
         "omni_attention": ("generate-32", "train"),
         "rotary": ("generate-32",),
         "linear": ("decode-8", "train"),
+        "generation": ("random-1.8b-32",),
     },
 }
 
 
-GPU_ONLY = {"random-1.8b", *EXPERTS_GRID}  # on a CPU only when named, whatever else is asked for
+GPU_ONLY = {"random-1.8b", "random-1.8b-32", *EXPERTS_GRID}  # on a CPU only when named, whatever else is asked for
 
 
 def token_groups(shape: RoutingShape) -> list[int] | None:
