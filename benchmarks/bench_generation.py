@@ -51,8 +51,7 @@ def variants(pipe: UniF2acePipeline, prompts: list[list[int]], steps: int) -> di
         return torch.stack([face.codes for face in faces])
 
     def saving(name: str) -> Callable[[], Tensor]:
-        names = {name, "guidance"} if name == "one pass" else {name}
-        return lambda: draw(pipe.model, prompts, seeds, names, **options)
+        return lambda: draw(pipe.model, prompts, seeds, {name}, **options)
 
     def on(backend: str, call: Callable[[], Tensor]) -> Callable[[], Tensor]:
         def run() -> Tensor:
