@@ -1,0 +1,398 @@
+"""Backward of the ops `experts`: the gradients of `grouped_gemm` and `expert_mlp`.
+
+With G the gradient of y in the sorted rows (row m: that of token order[m] // K), w the routing weights of those rows,
+P the saved pre-activation and a = act(P), for the rows of each expert:
+
+    D    = G W_down                          gradient of a, before weighting
+    dP   = w D act'(P)                       gated: dP = w D (up gate'(P_gate)) | w D gate(P_gate)
+    dw   = <D, a> + <G, b_down>              the same as <G, W_down a + b_down>, without the down projection again
+    R    = dP W_up,   dx_t = sum over k of the rows R of token t
+    dW_down = G^T (w a),   db_down = column sums of w G
+    dW_up   = dP^T X,      db_up   = column sums of dP
+
+Kept from the forward: x, P and the plan. Nothing gathered is ever stored: G and X are read through the index.
+
+| launch | kernel | reads + writes |
+|---|---|---|
+| 1 | tiles of the experts, experts by load | offsets |
+| 2 | D and its epilogue -> `factors` = [w a, dP], parts of dw, column sums of dP | G, W_down, P; factors |
+| 3 | both weight gradients | factors, G, X; dW_down, dW_up |
+| 4 | R | dP, W_up; R |
+| 5 | dx, a sum of K rows | R; dx |
+| 6 | dw, a sum of parts | little |
+| 7-9 | with biases: column sums of w G and <G, b_down>; sums over tiles | G |
+
+Cost: 4 M H (I_up + I) FLOPs, twice the forward. At T = 8192, H = 2048, I = 512, E = 16, K = 4 (M = 32768 slots) that is
+275 GFLOP, 348 us at 790 TFLOP/s (a dense bfloat16 product on an H200). Memory, every array once and the gathered rows
+from L2: G and X 67 MB, P 34 MB, factors 67 MB written and read twice, weights and their gradients 134 MB, R 134 MB
+written and read, dx 34 MB: 740 MB, 172 us at 4.3 TB/s, of which R and dx (302 MB, 70 us) and the sums are not hidden
+behind products. So the floor of this form is about 425 us, 650 TFLOP/s; expected are 70 to 80 % of that: products
+at 600 TFLOP/s and the sums on top give 530 us, 520 TFLOP/s.
+
+**Uneven loads.** A tile of a weight gradient costs as much as its expert has rows. Both weight gradients are one
+launch with a plain grid, the tiles of the expert with most rows first: the hardware hands a free multiprocessor the
+longest of what is left. With n tiles per expert on S multiprocessors the longest tile does not outlast the average
+program as long as no expert has more than n / S of all rows: n = 64 for I = 512 (128 x 256 tiles), so up to half of
+all rows on an H200, and all of them from I = 1024 on. That is why the token axis is not split: partial weight
+gradients in float32 would cost E * H * (I_up + I) * 4 bytes of memory and one more pass for a case that order alone
+covers.
+
+Same inputs, same bits: no atomics, sums in an order that depends on the shape, for biases and weight gradients on the
+load, and for rows (dx, dw) on neither the load nor the number of rows.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from unif2ace.kernels import experts_gradients as products
+from unif2ace.kernels import experts_sums as sums
+from unif2ace.kernels._device import INTERPRETED, capability, multiprocessors
+from unif2ace.kernels.experts_schedule import max_tiles, padded_experts
+
+GATED = ("swiglu", "geglu")
+
+
+class Product(NamedTuple):
+    """How a matrix kernel is launched: tile sizes, row tiles per group of blocks, warps, stages of the loop, and
+    programs per multiprocessor."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+    programs: int = 1
+
+    @property
+    def launch(self) -> dict[str, int]:
+        return {
+            "BLOCK_M": self.block_m,
+            "BLOCK_N": self.block_n,
+            "BLOCK_K": self.block_k,
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+        }
+
+
+GROUP_M = 8
+PART = 16  # columns of the epilogue at a time
+
+
+class Configuration(NamedTuple):
+    rows: Product
+    weights: Product
+
+
+def configuration(dtype: torch.dtype, device: torch.device, slots: int, experts: int) -> Configuration:
+    if INTERPRETED:
+        return Configuration(Product(64, 64, 64, 4, 1), Product(64, 64, 64, 4, 1))
+    if dtype == torch.float32:
+        return Configuration(Product(64, 64, 16, 4, 2), Product(64, 64, 16, 4, 2))
+    rows = 128 if slots >= 128 * experts else 64
+    if capability(device) >= 90:
+        return Configuration(Product(rows, 128, 64, 4, 3, 2), Product(128, 256, 64, 8, 5))
+    return Configuration(Product(rows, 128, 32, 4, 4), Product(128, 128, 32, 8, 7))
+
+
+class Rows(NamedTuple):
+    """The sorted rows: whose they are, how many, and the height of the tiles they are cut into."""
+
+    offsets: Tensor
+    slots: int
+    block_m: int
+
+    @property
+    def experts(self) -> int:
+        return self.offsets.shape[0] - 1
+
+    @property
+    def tiles(self) -> int:
+        """As many tiles as there may be: only the device knows the offsets."""
+        return max_tiles(self.slots, self.experts, self.block_m)
+
+    @property
+    def end(self) -> Tensor:
+        """Where the rows of the last expert end."""
+        return self.offsets[-1:]
+
+
+def expert_mlp_backward(
+    grad: Tensor,
+    x: Tensor,
+    pre: Tensor,
+    weights: Tensor,
+    offsets: Tensor,
+    order: Tensor,
+    position: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    b_up: Tensor | None,
+    b_down: Tensor | None,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weights, w_up, w_down, b_up and b_down; see the module docstring."""
+    inner, top_k, slots = w_down.shape[2], weights.shape[1], order.shape[0]
+    grad, x, w_up, w_down = (_adjacent(tensor) for tensor in (grad, x, w_up, w_down))
+    pre, weights, order, position = (tensor.contiguous() for tensor in (pre, weights, order, position))
+    config = configuration(x.dtype, x.device, slots, w_up.shape[0])
+    rows = Rows(offsets.contiguous(), slots, config.rows.block_m)
+
+    factors = x.new_empty(rows.tiles * rows.block_m, inner + w_up.shape[1])
+    up_sums = x.new_empty(rows.tiles, w_up.shape[1], dtype=torch.float32)
+    parts = triton.cdiv(inner, config.rows.block_n) * (config.rows.block_n // PART)
+    dots = x.new_empty(parts + (0 if b_down is None else _strips(x.shape[1])), slots, dtype=torch.float32)
+    _activation_gradient(config.rows, rows, grad, w_down, pre, weights, order, activation, factors, dots, up_sums)
+
+    grad_w_up, grad_w_down = x.new_empty(w_up.shape), x.new_empty(w_down.shape)
+    _weight_gradient(config.weights, rows, factors, inner, grad, x, order, top_k, grad_w_down, grad_w_up)
+    of_rows = x.new_empty(slots, x.shape[1])
+    _input_gradient(config.rows, rows, factors, inner, w_up, of_rows)
+    grad_x = x.new_empty(x.shape)
+    _segment_sums(rows, of_rows, position, None, top_k, grad_x)
+
+    grad_b_up, grad_b_down = (x.new_empty(0 if b is None else b.shape) for b in (b_up, b_down))
+    if b_up is not None:
+        _tile_sums(rows, up_sums, grad_b_up)
+    if b_down is not None:
+        _row_sums(rows, grad, order, top_k, weights, b_down.contiguous(), dots[parts:], grad_b_down)
+    grad_weights = weights.new_empty(weights.shape)
+    grid = (triton.cdiv(slots, 128),)
+    sums.slot_sums_kernel[grid](dots, position, rows.end, grad_weights, dots.shape[0], slots, BLOCK=128)
+    return grad_x, grad_weights, grad_w_up, grad_w_down, grad_b_up, grad_b_down
+
+
+def grouped_gemm_backward(
+    grad: Tensor, a: Tensor, b: Tensor, offsets: Tensor, bias: Tensor | None, gather: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of a, b and bias of y_m = b[e] a[gather[m]] + bias[e]; rows from offsets[E] on play no part."""
+    slots = grad.shape[0]
+    grad, a, b = (_adjacent(tensor) for tensor in (grad, a, b))
+    gather = None if gather is None else gather.contiguous()
+    config = configuration(a.dtype, a.device, slots, b.shape[0])
+    rows = Rows(offsets.contiguous(), slots, config.rows.block_m)
+
+    grad_b = a.new_empty(b.shape)
+    _weight_gradient(config.weights, rows, grad, None, a, a, gather, 1, grad_b, grad_b)
+    grad_a = a.new_empty(slots, b.shape[2])
+    _input_gradient(config.rows, rows, grad, None, b, grad_a)
+    if gather is not None:  # a row of `a` may be read several times: its readers in ascending order, by a stable sort
+        read, readers = torch.sort(gather, stable=True)
+        starts = torch.searchsorted(read, torch.arange(a.shape[0] + 1, device=a.device, dtype=read.dtype))
+        of_rows, grad_a = grad_a, a.new_empty(a.shape)
+        _segment_sums(rows, of_rows, readers, starts, 1, grad_a)
+    grad_bias = a.new_empty(0 if bias is None else bias.shape)
+    if bias is not None:
+        _row_sums(rows, grad, None, 1, None, None, None, grad_bias)
+    return grad_a, grad_b, grad_bias
+
+
+# ----------------------------------------------------------------------------------------------------------- launches
+
+STRIP = 128  # columns that one program of row_sums_kernel reads
+
+
+def _strips(width: int) -> int:
+    return triton.cdiv(width, STRIP)
+
+
+def _activation_gradient(
+    config: Product,
+    rows: Rows,
+    grad: Tensor,
+    w_down: Tensor,
+    pre: Tensor,
+    weights: Tensor,
+    order: Tensor,
+    activation: str,
+    factors: Tensor,
+    dots: Tensor,
+    up_sums: Tensor,
+) -> None:
+    _, hidden, inner = w_down.shape
+    tma = _tma(w_down)
+    products.activation_gradient_kernel[_stay(config, rows, inner, grad.device)](
+        grad,
+        TensorDescriptor.from_tensor(w_down, [1, config.block_k, config.block_n]) if tma else w_down,
+        pre,
+        weights,
+        order,
+        rows.offsets,
+        factors,
+        dots,
+        up_sums,
+        rows.experts,
+        rows.slots,
+        hidden,
+        inner,
+        grad.stride(0),
+        w_down.stride(0),
+        w_down.stride(1),
+        ACTIVATION=activation,
+        GATED=pre.shape[1] != inner,
+        TOP_K=weights.shape[1],
+        EXPERTS=padded_experts(rows.experts),
+        GROUP_M=GROUP_M,
+        PART=PART,
+        TMA=tma,
+        **config.launch,
+    )
+
+
+def _input_gradient(config: Product, rows: Rows, left: Tensor, skip: int | None, matrices: Tensor, out: Tensor) -> None:
+    """out[m] = left row times matrices[e]. With `skip`, left is stored by tile and starts at that column; without, it
+    has the sorted rows, and `out` becomes zeros beyond the last offset."""
+    _, depth, width = matrices.shape
+    by_tile = skip is not None
+    tma = _tma(matrices) and (not by_tile or _tma(left))
+    products.input_gradient_kernel[_stay(config, rows, width, left.device)](
+        TensorDescriptor.from_tensor(left, [config.block_m, config.block_k]) if tma and by_tile else left,
+        TensorDescriptor.from_tensor(matrices, [1, config.block_k, config.block_n]) if tma else matrices,
+        rows.offsets,
+        out,
+        rows.experts,
+        rows.slots,
+        skip or 0,
+        depth,
+        width,
+        left.stride(0),
+        matrices.stride(0),
+        matrices.stride(1),
+        BY_TILE=by_tile,
+        EXPERTS=padded_experts(rows.experts),
+        GROUP_M=GROUP_M,
+        TMA=tma,
+        **config.launch,
+    )
+
+
+def _weight_gradient(
+    config: Product,
+    rows: Rows,
+    left: Tensor,
+    split: int | None,
+    first: Tensor,
+    second: Tensor,
+    index: Tensor | None,
+    top_k: int,
+    first_out: Tensor,
+    second_out: Tensor,
+) -> None:
+    """Per expert first_out = first^T left[:, :split] and second_out = left[:, split:]^T second, all rows summed over.
+    With `split`, left is stored by tile; without, it has the sorted rows, and there is no first product."""
+    by_tile, split = split is not None, split or 0
+    columns, width = left.shape[1], second.shape[1]
+    by_load = rows.offsets.new_empty(rows.experts)
+    experts = padded_experts(rows.experts)
+    sums.experts_by_load_kernel[(1,)](rows.offsets, by_load, rows.experts, EXPERTS=experts)
+    blocks = triton.cdiv(split, config.block_m) + triton.cdiv(columns - split, config.block_m)
+    tma = by_tile and _tma(left)
+    if index is None:  # loading rows by an index takes two stages of the loop for the index
+        config = config._replace(stages=max(config.stages - 2, 1))
+    products.weight_gradient_kernel[(rows.experts * blocks * triton.cdiv(width, config.block_n),)](
+        TensorDescriptor.from_tensor(left, [config.block_k, config.block_m]) if tma else left,
+        first,
+        second,
+        index,
+        rows.offsets,
+        by_load,
+        first_out,
+        second_out,
+        rows.experts,
+        rows.slots,
+        split,
+        columns,
+        width,
+        left.stride(0),
+        first.stride(0),
+        second.stride(0),
+        TOP_K=top_k,
+        BY_TILE=by_tile,
+        TILE_ROWS=rows.block_m,
+        EXPERTS=experts,
+        TMA=tma,
+        **config.launch,
+    )
+
+
+def _row_sums(
+    rows: Rows,
+    source: Tensor,
+    index: Tensor | None,
+    top_k: int,
+    weights: Tensor | None,
+    vectors: Tensor | None,
+    dots: Tensor | None,
+    out: Tensor,
+) -> None:
+    """out[e] = sum of weight * row over the rows of expert e; dots = the rows' products with vectors[e], in strips."""
+    width = source.shape[1]
+    partial = source.new_empty(rows.tiles, width, dtype=torch.float32)
+    sums.row_sums_kernel[(rows.tiles, _strips(width))](
+        source,
+        index,
+        weights,
+        vectors,
+        rows.offsets,
+        partial,
+        dots,
+        rows.experts,
+        rows.slots,
+        width,
+        source.stride(0),
+        TOP_K=top_k,
+        EXPERTS=padded_experts(rows.experts),
+        BLOCK_M=rows.block_m,
+        BLOCK_N=STRIP,
+    )
+    _tile_sums(rows, partial, out)
+
+
+def _tile_sums(rows: Rows, partial: Tensor, out: Tensor) -> None:
+    width = partial.shape[1]
+    sums.tile_sums_kernel[(rows.experts, triton.cdiv(width, 64))](
+        partial,
+        rows.offsets,
+        out,
+        rows.experts,
+        rows.slots,
+        width,
+        EXPERTS=padded_experts(rows.experts),
+        TILE_ROWS=rows.block_m,
+        BLOCK_M=16,
+        BLOCK_N=64,
+    )
+
+
+def _segment_sums(rows: Rows, of_rows: Tensor, members: Tensor, starts: Tensor | None, top_k: int, out: Tensor) -> None:
+    """out[t] = sum of the rows that belong to t, in order; rows beyond the last offset are left out."""
+    width = of_rows.shape[1]
+    block = min(1024, triton.next_power_of_2(width))
+    sums.segment_sums_kernel[(out.shape[0], triton.cdiv(width, block))](
+        of_rows, members, starts, rows.end, out, width, TOP_K=top_k, BLOCK_N=block
+    )
+
+
+def _stay(config: Product, rows: Rows, width: int, device: torch.device) -> tuple[int]:
+    """A grid of programs that stay, no more than there may be blocks."""
+    blocks = rows.tiles * triton.cdiv(width, config.block_n)
+    return (min(blocks, config.programs * multiprocessors(device)),)
+
+
+# ----------------------------------------------------------------------------------------------------------- operands
+
+
+def _adjacent(x: Tensor) -> Tensor:
+    """x with the elements of a row adjacent in memory, as all loads expect; a copy only where they are not."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _tma(x: Tensor) -> bool:
+    """Can the copy engine read tiles of x? It came with Hopper and wants rows that start at multiples of 16 bytes."""
+    aligned = x.data_ptr() % 16 == 0 and all(s * x.element_size() % 16 == 0 for s in x.stride()[:-1])
+    return capability(x.device) >= 90 and x.element_size() == 2 and x.numel() > 0 and aligned
