@@ -65,12 +65,10 @@ BASE ?= main
 compare: venv ## time this checkout against another revision: make compare BASE=main (OPS="routing experts" for some)
 	@$(BIN)/python -m benchmarks.compare $(BASE) $(OPS)
 
-gpu: venv ## on a machine with a CUDA device: all tests, then the benchmarks, on the device
-	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
-	  $(BIN)/python -m pytest -q && $(BIN)/python -m benchmarks.run --device cuda --full; \
-	else \
-	  echo "unif2ace: no CUDA device here (torch.cuda.is_available() is False): nothing was run"; \
-	fi
+# No `venv` first: machines with a GPU often come with their own torch, and without a network.
+QUICK ?=
+gpu: ## prove and measure the engine on a CUDA device, under nine minutes: make gpu (QUICK=1: under two)
+	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu $(if $(QUICK),--quick)
 
 clean: ## remove builds, caches and the compiled module (the packages in .venv stay)
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks unif2ace/_C*.so $(VENV)/.stamp-*

@@ -68,7 +68,8 @@ def d3diff(shape: shapes.LossShape, device: str, backends: list[str]) -> dict[st
         constants = (IMAGE_TOKENS, ALPHA, "sigma", codes, "code", 18)
         return (reference_d3diff_loss(hidden, weight, bias, targets, ratio, *constants).total,)
 
-    return {backend: on(backend) for backend in backends} | {"torch: all logits": definition}
+    functions = {backend: on(backend) for backend in backends} | {"torch: all logits": definition}
+    return functions | peers.compiled(definition, device)
 
 
 def next_token(shape: shapes.LossShape, device: str, backends: list[str]) -> dict[str, Callable[..., tuple[Tensor]]]:
@@ -85,7 +86,7 @@ def next_token(shape: shapes.LossShape, device: str, backends: list[str]) -> dic
         return (reference_linear_loss(hidden, weight, bias, targets, row_weight)[0],)
 
     functions = {backend: on(backend) for backend in backends} | {"torch: all logits": definition}
-    return functions | peers.present("diffusion_loss", device, targets)
+    return functions | peers.compiled(definition, device) | peers.present("diffusion_loss", device, targets)
 
 
 @each_dtype

@@ -12,9 +12,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks import shapes
+from benchmarks import peers, shapes
 from benchmarks.problems import Problem, each_direction, each_dtype, each_size
 from unif2ace.ops import rotate_heads
+from unif2ace.ops.rotary import reference_rotate_heads
 
 
 def make_problem(shape: shapes.RotaryShape, dtype: torch.dtype, device: str, backends: list[str]) -> Problem:
@@ -30,7 +31,10 @@ def make_problem(shape: shapes.RotaryShape, dtype: torch.dtype, device: str, bac
             rotate_heads(x, weight, bias, cos.to(x.dtype), sin.to(x.dtype), backend=backend),
         )
 
-    return Problem(inputs, {backend: on(backend) for backend in backends})
+    def definition(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor]:
+        return (reference_rotate_heads(x, weight, bias, cos.to(x.dtype), sin.to(x.dtype), 1e-5),)
+
+    return Problem(inputs, {backend: on(backend) for backend in backends} | peers.compiled(definition, device))
 
 
 @each_dtype

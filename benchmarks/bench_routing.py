@@ -13,9 +13,10 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks import shapes
+from benchmarks import peers, shapes
 from benchmarks.problems import Problem, each_direction, each_dtype, each_size
 from unif2ace.ops import route
+from unif2ace.ops.routing import reference_route
 
 
 def make_problem(shape: shapes.RoutingShape, dtype: torch.dtype, device: str, backends: list[str]) -> Problem:
@@ -30,7 +31,13 @@ def make_problem(shape: shapes.RoutingShape, dtype: torch.dtype, device: str, ba
             logits, shape.top_k, token_group=token_group, group_bounds=shape.group_bounds, backend=backend
         )
 
-    return Problem({"logits": logits}, {backend: on(backend) for backend in backends})
+    def definition(logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return reference_route(
+            logits, shape.top_k, token_group, shape.group_bounds, "softmax", None, True, 1.0, check_finite=False
+        )
+
+    functions = {backend: on(backend) for backend in backends} | peers.compiled(definition, device)
+    return Problem({"logits": logits}, functions)
 
 
 @each_dtype

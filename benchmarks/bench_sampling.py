@@ -109,7 +109,9 @@ def bench_sample_tokens(
     functions = {backend: on(backend) for backend in backends("sampling", dtype)}
     problem = Problem(
         inputs,
-        functions | peers.present("sampling", device, guidance, block),
+        functions
+        | peers.present("sampling", device, guidance, block)
+        | peers.compiled(peers.exponential_race(guidance, block), device),
         logsumexp_alone(inputs, guidance, block),
     )
     compare(

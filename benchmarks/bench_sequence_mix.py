@@ -17,9 +17,10 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from benchmarks import shapes
+from benchmarks import peers, shapes
 from benchmarks.problems import Problem, each_direction, each_dtype, each_size
 from unif2ace.ops import mix_sequences
+from unif2ace.ops.sequence_mix import reference_mix_sequences
 
 
 def make_problem(shape: shapes.MixShape, dtype: torch.dtype, device: str, backends: list[str]) -> Problem:
@@ -42,7 +43,13 @@ def make_problem(shape: shapes.MixShape, dtype: torch.dtype, device: str, backen
 
         return function
 
-    return Problem(inputs, {backend: on(backend) for backend in backends})
+    def definition(
+        x: Tensor, residual: Tensor, scale: Tensor, coefficients: Tensor, layer_scale: Tensor, **features: Tensor
+    ) -> tuple[Tensor]:
+        streams = list(features.values())
+        return (reference_mix_sequences(x, scale, streams, coefficients, offsets, residual, layer_scale),)
+
+    return Problem(inputs, {backend: on(backend) for backend in backends} | peers.compiled(definition, device))
 
 
 @each_dtype

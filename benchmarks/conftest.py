@@ -2,11 +2,12 @@
 
 A benchmark file parametrises over the names of its table in `benchmarks.shapes`, under the argument name `shape`, asks
 `backends(op, dtype)` who can run, and hands one call per variant to `compare`. Which shapes run is decided here: those
-of `shapes.SHORT`, those named by `--shapes`, or all with `--full`.
+of `shapes.SHORT`, on a GPU in bfloat16 alone; those named by `--shapes`; or all with `--full`.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from functools import cache, partial
 
@@ -18,6 +19,7 @@ from benchmarks.ceilings import Ceilings
 from unif2ace.evaluation import tracing
 from unif2ace.ops import BACKENDS, _registry
 
+_STARTED = pytest.StashKey[float]()
 PEERS = "peers"  # in --backends: the variants that are not ours, whose names hold a colon ("torch: grouped_mm")
 
 
@@ -33,11 +35,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--backends", type=_names, default=[], metavar="NAME,...", help=f"only these back ends ('{PEERS}': the others')"
     )
+    group.addoption("--seconds", type=float, metavar="S", help="start no further benchmark after S seconds")
     group.addoption("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
     group.addoption("--trace-file", metavar="PATH", help="write a Chrome trace with one call of every variant")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_STARTED] = time.monotonic()
     threads = config.getoption("--threads")
     if threads is not None:
         torch.set_num_threads(threads)
@@ -45,17 +49,25 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Keep the chosen shapes; a benchmark without a shape always runs."""
-    named, full = config.getoption("--shapes"), config.getoption("--full")
+    named, full, device = (config.getoption(name) for name in ("--shapes", "--full", "--device"))
+
+    def parameters(item: pytest.Item) -> dict[str, object]:
+        return item.callspec.params if hasattr(item, "callspec") else {}
 
     def shape_of(item: pytest.Item) -> str | None:
-        return item.callspec.params.get("shape") if hasattr(item, "callspec") else None
+        return parameters(item).get("shape")
 
     def chosen(item: pytest.Item) -> bool:
         shape = shape_of(item)
-        if shape is None or (full and not named):
-            return True
-        short = shapes.SHORT.get(item.path.stem.removeprefix("bench_"))
-        return shape in named if named else short is None or shape in short
+        if device == "cuda" and "cold" in parameters(item).get("case", ""):
+            return False  # every measurement on a GPU is cold
+        if named:
+            return shape is None or shape in named
+        if shape is None or full:
+            return device == "cuda" or shape not in shapes.GPU_ONLY
+        short = shapes.SHORT[device].get(item.path.stem.removeprefix("bench_"))
+        dtype = parameters(item).get("dtype", torch.bfloat16)
+        return (short is None or shape in short) and (device == "cpu" or dtype == torch.bfloat16)
 
     known = list(dict.fromkeys(shape for item in items if (shape := shape_of(item)) is not None))
     for name in named:
@@ -64,6 +76,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     kept = [item for item in items if chosen(item)]
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = kept
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    limit = item.config.getoption("--seconds")
+    if limit is not None and time.monotonic() - item.config.stash[_STARTED] > limit:
+        pytest.skip("no time left")
 
 
 def is_chosen(variant: str, wanted: list[str]) -> bool:

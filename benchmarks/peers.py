@@ -7,7 +7,8 @@ op, what it needs and how to make its function. A peer that cannot run is absent
   the forward of the experts classes of its models (Nemotron-H without a gate, Mixtral with one).
 * torch: `torch.nn.functional.grouped_mm` with a finished routing plan, three samplers, and
   `scaled_dot_product_attention` with one mask for all sequences: what one writes without this package.
-* liger: the linear cross entropy of liger-kernel, on a GPU.
+* liger: the experts and the linear cross entropy of liger-kernel, on a GPU.
+* `compiled`: the op's plain definition through `torch.compile`, on a GPU.
 """
 
 from __future__ import annotations
@@ -29,11 +30,13 @@ from unif2ace.ops.experts import GATED, activate
 
 @dataclass(frozen=True)
 class Peer:
-    """One rival of `op`; `make(*what the op's benchmark knows)` gives its function over the problem's inputs."""
+    """One rival of `op`; `make(*what the op's benchmark knows)` gives its function over the problem's inputs, or None
+    where it does not compute that.
+    """
 
     op: str
     name: str
-    make: Callable[..., Function]
+    make: Callable[..., Function | None]
     module: str | None = None  # to be installed
     devices: tuple[str, ...] = ("cpu", "cuda")
 
@@ -48,7 +51,13 @@ class Peer:
 
 def present(op: str, device: str, *known: object) -> dict[str, Function]:
     """The functions of all peers of `op` that can run here; `known` goes to their makers."""
-    return {peer.name: peer.make(*known) for peer in PEERS if peer.op == op and peer.why_not(device) is None}
+    made = {peer.name: peer.make(*known) for peer in PEERS if peer.op == op and peer.why_not(device) is None}
+    return {name: function for name, function in made.items() if function is not None}
+
+
+def compiled(reference: Function, device: str) -> dict[str, Function]:
+    """The plain definition through `torch.compile`, on a GPU: what one has without writing a kernel."""
+    return {"torch: compiled": torch.compile(reference, dynamic=False)} if device == "cuda" else {}
 
 
 def absent(op: str, device: str) -> dict[str, str]:
@@ -111,6 +120,15 @@ def torch_grouped_mm(shape: ExpertShape, plan: RoutingPlan) -> Function:
         return ((slots * weights[..., None]).sum(1).to(x.dtype),)
 
     return function
+
+
+def liger_experts(shape: ExpertShape, plan: RoutingPlan) -> Function | None:
+    """liger-kernel's fused experts in Triton, which know SwiGLU alone and sort the slots themselves."""
+    if shape.activation != "swiglu":
+        return None
+    from liger_kernel.ops.fused_moe import LigerFusedMoEFunction
+
+    return lambda x, weights, w_up, w_down: (LigerFusedMoEFunction.apply(x, w_up, w_down, plan.experts, weights),)
 
 
 def torch_grouped_gemm(offsets: Tensor) -> Function:
@@ -211,6 +229,7 @@ PEERS = (
     Peer("experts", "transformers: grouped_mm", transformers_experts("grouped_mm"), "transformers"),
     Peer("experts", "transformers: batched_mm", transformers_experts("batched_mm"), "transformers"),
     Peer("experts", "torch: grouped_mm", torch_grouped_mm),
+    Peer("experts", "liger: fused experts", liger_experts, "liger_kernel", devices=("cuda",)),
     Peer("grouped_gemm", "torch: grouped_mm", torch_grouped_gemm),
     Peer("sampling", "torch: exponential race", exponential_race),
     Peer("sampling", "torch: race of uniforms", race_of_uniforms),

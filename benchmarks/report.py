@@ -88,6 +88,8 @@ def table(record: dict) -> str:
             "",
             f"The machine was busy: half of the rows spread by more than {spread:.0%}. Do not cite these figures.",
         ]
+    if record.get("skipped"):
+        lines += ["", f"not run, no time left: {', '.join(record['skipped'])}"]
     if red:
         lines += ["", f"RED, no figures ({len(red)}); `python -m pytest TEST` shows all of it:"]
         lines += [f"  {failure['test']}: {failure['reason']}" for failure in red]

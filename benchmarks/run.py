@@ -49,12 +49,14 @@ class Selection:
     shapes: Sequence[str] = ()
     backends: Sequence[str] = ()
     threads: int | None = None
+    seconds: float | None = None
     trace_file: str | None = None
 
     def arguments(self) -> list[str]:
         """For pytest."""
         listed = {"shapes": ",".join(self.shapes), "backends": ",".join(self.backends)}
-        named = {**listed, "threads": self.threads, "trace-file": self.trace_file, "device": self.device}
+        named = {**listed, "threads": self.threads, "seconds": self.seconds, "trace-file": self.trace_file}
+        named["device"] = self.device
         targets = [str(FOLDER / f"bench_{op}.py") for op in self.ops or known_ops()]
         return [*targets, *(["--full"] if self.full else []), *(f"--{k}={v}" for k, v in named.items() if v)]
 
@@ -64,6 +66,7 @@ class Watch:
     """A pytest plugin: one line of progress per benchmark, and the failures, which pytest-benchmark does not record."""
 
     failures: list[dict[str, object]] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
     done: int = 0
     total: int = 0
     interrupted: bool = False
@@ -81,6 +84,8 @@ class Watch:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed:
             self._fail(dict(report.user_properties).get("benchmark", {"op": _op(report.nodeid)}), report)
+        if report.skipped and report.when == "setup":
+            self.skipped.append(report.nodeid.rpartition("/")[2])
         if report.when == "teardown":
             self.done += 1
             self._say(f"[{self.done}/{self.total}] {report.nodeid.rpartition('::')[2]}")
@@ -107,7 +112,7 @@ def known_ops() -> list[str]:
 
 
 def run(selection: Selection) -> dict[str, object]:
-    """Run the selection; the record: pytest-benchmark's, with "red" beside "benchmarks".
+    """Run the selection; the record: pytest-benchmark's, with "red" and "skipped" (no time left) beside "benchmarks".
 
     Raises `UserError` for names that select nothing, `RuntimeError` with pytest's output where the suite cannot run.
     """
@@ -124,7 +129,7 @@ def run(selection: Selection) -> dict[str, object]:
         if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.INTERRUPTED):
             raise RuntimeError(output.getvalue())
         record = json.loads(path.read_text()) if path.is_file() else {}  # no file where nothing was timed
-    return {"benchmarks": [], **record, "red": watch.failures}
+    return {"benchmarks": [], **record, "red": watch.failures, "skipped": watch.skipped}
 
 
 def default_path(selection: Selection, keep: str | None) -> Path:

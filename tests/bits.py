@@ -15,7 +15,10 @@ from torch import Tensor
 from unif2ace import native
 
 ROOT = Path(__file__).resolve().parent.parent
-needs_native = pytest.mark.skipif(native.load() is None, reason=native.why_not() or "")
+ON_CPU = torch.get_default_device().type == "cpu"
+needs_native = pytest.mark.skipif(
+    native.load() is None or not ON_CPU, reason=native.why_not() or "about the kernels for CPUs"
+)
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -1,6 +1,8 @@
 """Shared fixtures: every test starts from the same seed and the automatic back end.
 
-Without a CUDA device the Triton kernels run under Triton's interpreter, so that the tests of the ops reach them.
+`--device cuda` moves the tests of the ops to a GPU: their tensors are made on torch's default device, and the back ends
+they ask for are those of that device. Without a CUDA device the Triton kernels run under Triton's interpreter, so that
+the same tests reach them.
 """
 
 from __future__ import annotations
@@ -29,6 +31,17 @@ def fresh_state() -> Iterator[None]:
     before = default_backend()
     yield
     use_backend(before)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="where the tests of the ops run")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    device = config.getoption("--device")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("--device cuda: torch.cuda.is_available() is False")
+    torch.set_default_device(device)  # before the test files, which ask for its back ends, are read
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -30,9 +30,15 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DRAWS = 8
 
 
-def available_backends(op: str, device: str = "cpu", *dtypes: torch.dtype) -> list[str]:
-    """Names of the back ends that can run `op` here; collect-time parametrisation of the tests."""
+def available_backends(op: str, *dtypes: torch.dtype) -> list[str]:
+    """Names of the back ends that can run `op` on the device of this test run; read when tests are collected."""
+    device = torch.get_default_device()
     return [name for name in _registry.BACKENDS if _registry.why_not(op, name, device, dtypes) is None]
+
+
+def seeded(seed: int) -> torch.Generator:
+    """A generator for tensors on the device of this test run."""
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
 
 
 @contextlib.contextmanager

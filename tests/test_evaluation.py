@@ -172,11 +172,24 @@ def test_what_cannot_be_compared_is_refused():
 
 
 def test_a_random_model_stands_between_the_parts_of_the_bundled_one(monkeypatch):
-    monkeypatch.setitem(speed.RANDOM_MODELS, "random-tiny", "avatars-tiny")
+    monkeypatch.setitem(speed.RANDOM_MODELS, "random-tiny", ("avatars-tiny", {}))
     bundled, pipe = speed.load("avatars-tiny", "cpu"), speed.load("random-tiny", "cpu")
     assert pipe.model.config == bundled.model.config
     assert not torch.equal(pipe.model.head.weight, bundled.model.head.weight)
     assert torch.equal(pipe.model.head.weight, speed.load("random-tiny", "cpu").model.head.weight)
     assert len(pipe.generate("a face", steps=1)) == 1
     assert speed.size_of("random-tiny") == speed.RANDOM_SIZE != speed.size_of("avatars-tiny")
-    assert preset(speed.RANDOM_MODELS["random-100m"]).num_parameters() == pytest.approx(1e8, rel=0.05)
+    for name, parameters in (("random-100m", 1e8), ("random-1.8b", 1.8e9)):
+        base, changes = speed.RANDOM_MODELS[name]
+        assert preset(base, **changes).num_parameters() == pytest.approx(parameters, rel=0.07)
+
+
+def test_the_large_random_model_brings_codec_and_encoders_of_its_own(monkeypatch):
+    base, changes = speed.RANDOM_MODELS["random-1.8b"]
+    small = {"num_layers": 1, "hidden_size": 64, "num_heads": 1, "ffn_width": 64}
+    monkeypatch.setitem(speed.RANDOM_MODELS, "random-1.8b", (base, {**changes, **small}))
+    pipe = speed.load("random-1.8b", "cpu")
+    assert pipe.model.config.num_image_tokens == 256
+    assert [face.size for face in speed.drawing(pipe, 2, 2).call()] == [(128, 128)] * 2
+    assert len(speed.answering(pipe, 1).call()) == len(speed.QUESTIONS)
+    speed.training(pipe, (2, 1), update=False).call()

@@ -93,7 +93,7 @@ def test_compiles_whole(backend: str):
 
 def test_autocast_decides_the_dtype():
     module = Linear(8, 4)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):
         assert module(torch.randn(3, 8)).dtype == torch.bfloat16
 
 

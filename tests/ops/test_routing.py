@@ -10,7 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.shapes import ROUTING_SMALL, RoutingShape, token_groups
-from tests.oracle import DTYPES, assert_matches_reference, available_backends, noncontiguous, poisoned, registered
+from tests.oracle import (
+    DTYPES,
+    assert_matches_reference,
+    available_backends,
+    noncontiguous,
+    poisoned,
+    registered,
+    seeded,
+)
 from unif2ace.errors import UserError
 from unif2ace.ops import RoutingPlan, _registry, route
 from unif2ace.ops.routing import grouping_plan
@@ -210,7 +218,7 @@ def test_rows_do_not_depend_on_the_batch_around_them(backend: str):
 def test_plan_invariants(tokens: int, widths: list[int], data: st.DataObject, scoring: str):
     bounds = [sum(widths[:g]) for g in range(len(widths) + 1)]
     top_k = data.draw(st.integers(1, min(widths)), label="top_k")
-    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1000), label="seed"))
+    generator = seeded(data.draw(st.integers(0, 1000), label="seed"))
     logits = torch.randint(-3, 4, (tokens, bounds[-1]), generator=generator).float()
     group = torch.randint(len(widths), (tokens,), generator=generator)
     options = {"token_group": group, "group_bounds": bounds, "scoring": scoring}

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from benchmarks.shapes import SAMPLING_SMALL, SamplingShape
-from tests.oracle import DTYPES, assert_close, available_backends, noncontiguous, poisoned, registered
+from tests.oracle import DTYPES, assert_close, available_backends, noncontiguous, poisoned, registered, seeded
 from unif2ace.errors import UserError
 from unif2ace.ops import _noise, _registry, head_sample, remask, sample_tokens
 from unif2ace.ops.sampling import reference_sample_tokens
@@ -206,7 +206,7 @@ def test_float64_logits_use_the_same_noise():
     seed=st.integers(0, 1000),
 )
 def test_sampling_invariants(rows: int, columns: int, temperature: float, seed: int):
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     logits = torch.randint(-4, 5, (rows, columns), generator=generator).float()
     seeds = torch.randint(-(2**62), 2**62, (rows,), generator=generator)
     positions, steps = torch.arange(rows), torch.zeros(rows, dtype=torch.int32)

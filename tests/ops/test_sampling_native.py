@@ -13,13 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.bits import assert_same_for_threads, assert_same_on_instruction_sets
+from tests.bits import assert_same_for_threads, assert_same_on_instruction_sets, needs_native
 from tests.oracle import DTYPES
-from unif2ace import native
 from unif2ace.ops import _noise, head_sample, remask, sample_tokens
 from unif2ace.ops.sampling import reference_sample_tokens
 
-pytestmark = pytest.mark.skipif(native.load() is None, reason=native.why_not() or "")
+pytestmark = needs_native
 
 
 def place(rows: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:

@@ -4,8 +4,9 @@ Rounds go through all back ends in turn, so that a machine that slows down slows
 of one run means something where absolute times do not. A first round, untimed, fills caches and loads kernels.
 
 What is timed is a `Workload`: `drawing`, `answering` and `training` make them, `on_backend` binds one to a back end.
-`load` knows one model more than the pipeline does: `random-100m`, whose products are large enough to matter. It has
-random weights between the tokenizer, codec and encoders of `avatars-tiny`: it draws noise, at a trained model's speed.
+`load` knows two models more than the pipeline does, with random weights: they draw noise, at a trained model's speed.
+`random-100m` stands between the tokenizer, codec and encoders of `avatars-tiny`, and its products are large enough to
+matter; `random-1.8b` has the shape of `unif2ace-1.8b`, with 256 tokens of 8192 codes for pictures of 128 pixels.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from unif2ace.config import preset
+from unif2ace.codec import SmallCodec, SmallCodecConfig
+from unif2ace.config import SequenceMoEConfig, preset
 from unif2ace.errors import UserError
 from unif2ace.evaluation import tracing
 from unif2ace.evaluation.faces import held_out_faces
@@ -29,7 +31,18 @@ from unif2ace.ops import _registry, use_backend
 from unif2ace.pipeline import OPS, UniF2acePipeline
 
 BACKENDS_COMPARED = ("reference", "auto")
-RANDOM_MODELS = {"random-100m": "avatars-100m"}  # name -> preset; tokenizer, codec and encoders are avatars-tiny's
+RANDOM_MODELS: dict[str, tuple[str, dict[str, object]]] = {  # name -> preset, and what differs from it
+    "random-100m": ("avatars-100m", {}),
+    "random-1.8b": (
+        "unif2ace-1.8b",
+        {
+            "image_size": 128,
+            "end_of_text": 0,
+            "sequence_moe": SequenceMoEConfig(clip_rows=64, clip_width=64, face_rows=1, face_width=64),
+        },
+    ),
+}
+CODEC_LEVELS = (8, 8, 8, 4, 4)  # 8192 codes
 PROMPTS = ("a smiling person with red hair", "a fair face, wearing round glasses, in a blue hoodie")
 QUESTIONS = ("What color is the hair?", "What is the mouth doing?", "What eyewear is worn?", "What clothing is worn?")
 
@@ -76,15 +89,21 @@ def load(name: str, device: torch.device | str | None = None) -> UniF2acePipelin
     """The pipeline to measure: as `UniF2acePipeline.from_pretrained`, or one of `RANDOM_MODELS`."""
     if name not in RANDOM_MODELS:
         return UniF2acePipeline.from_pretrained(name, device=device)
+    from unif2ace.model.features import SmallClipEncoder, SmallFaceEncoder, TowerConfig
     from unif2ace.model.transformer import UniF2ace
 
     pipe = UniF2acePipeline.from_pretrained("avatars-tiny", device=device)
-    with torch.random.fork_rng(devices=[]):
+    base, changes = RANDOM_MODELS[name]
+    config = preset(base, **changes)
+    parts: dict[str, object] = {"defaults": pipe.defaults.override(steps=4, max_new_tokens=8)}  # no answer ends itself
+    with torch.random.fork_rng(), pipe.device:
         torch.manual_seed(0)
-        model = UniF2ace(preset(RANDOM_MODELS[name])).to(pipe.device, pipe.dtype).eval()
-    # Random weights end no answer, so its length is set.
-    defaults = pipe.defaults.override(steps=4, max_new_tokens=8)
-    return UniF2acePipeline(dataclasses.replace(pipe.parts, model=model, defaults=defaults))
+        parts["model"] = UniF2ace(config).to(pipe.dtype).eval()
+        if config.image_size != pipe.image_size:
+            tower = TowerConfig(image_size=config.image_size)
+            parts["encoders"] = {"clip": SmallClipEncoder(tower).eval(), "face": SmallFaceEncoder(tower).eval()}
+            parts["codec"] = SmallCodec(SmallCodecConfig(image_size=config.image_size, levels=CODEC_LEVELS)).eval()
+    return UniF2acePipeline(dataclasses.replace(pipe.parts, **parts))
 
 
 def size_of(name: str) -> Size:

@@ -1,0 +1,58 @@
+"""The activations of `experts` and their derivatives, elementwise on float32 tensors.
+
+    gelu_tanh   p s(2 sqrt(2/pi) (p + 0.044715 p^3))     since (1 + tanh u) / 2 = s(2u), s the logistic function
+    gelu        p Phi(p), Phi the normal distribution function
+    silu        p s(p)
+    relu2       max(p, 0)^2
+    swiglu      silu(p) u                                gated: p is the gate, u the up half of the pre-activation
+    geglu       gelu(p) u
+
+`ACTIVATION` is a name of `unif2ace.ops.experts.ACTIVATIONS`, or "none" for a plain product. Functions without a gate
+ignore `up`; callers hand them the pre-activation twice. About one exponential and one division per element: for a tile
+of 128 x 256 over a depth of 2048 that is under 1 % of the instructions.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def activate(pre, up, ACTIVATION: tl.constexpr):
+    """act(pre), gated act(pre) * up."""
+    if ACTIVATION == "none":
+        return pre
+    elif ACTIVATION == "swiglu" or ACTIVATION == "geglu":
+        return _curve(pre, ACTIVATION)[0] * up
+    else:
+        return _curve(pre, ACTIVATION)[0]
+
+
+@triton.jit
+def activation_gradient(pre, up, grad, ACTIVATION: tl.constexpr):
+    """(act, gradient of pre, gradient of up) for the gradient `grad` of act; without a gate the third is `grad`."""
+    value, slope = _curve(pre, ACTIVATION)
+    if ACTIVATION == "swiglu" or ACTIVATION == "geglu":
+        return value * up, grad * up * slope, grad * value
+    else:
+        return value, grad * slope, grad
+
+
+@triton.jit
+def _curve(x, ACTIVATION: tl.constexpr):
+    """f(x) and f'(x) of the function that acts on the (gate of the) pre-activation; what nobody uses is not computed."""
+    if ACTIVATION == "relu2":
+        positive = tl.where(x < 0.0, 0.0, x)  # NaN stays NaN
+        return positive * positive, 2.0 * positive
+    elif ACTIVATION == "gelu" or ACTIVATION == "geglu":
+        phi = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
+        density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
+        return x * phi, phi + x * density
+    elif ACTIVATION == "gelu_tanh":
+        square = x * x
+        s = tl.sigmoid(x * (1.5957691216057308 + 0.07135481627260025 * square))  # 2 sqrt(2/pi) (1, 0.044715)
+        return x * s, s + x * s * (1.0 - s) * (1.5957691216057308 + 0.21406444881780076 * square)
+    else:
+        s = tl.sigmoid(x)
+        return x * s, s + x * s * (1.0 - s)
