@@ -20,39 +20,40 @@ import triton.language as tl
 
 @triton.jit
 def activate(pre, up, ACTIVATION: tl.constexpr):
-    """act(pre), gated act(pre) * up."""
-    if ACTIVATION == "none":
-        return pre
-    elif ACTIVATION == "swiglu" or ACTIVATION == "geglu":
-        return _curve(pre, ACTIVATION)[0] * up
-    else:
-        return _curve(pre, ACTIVATION)[0]
+    """act(pre), gated act(pre) * up; "none" gives pre."""
+    value = pre
+    if ACTIVATION != "none":
+        value = _curve(pre, ACTIVATION)[0]
+    if ACTIVATION == "swiglu" or ACTIVATION == "geglu":
+        value = value * up
+    return value
 
 
 @triton.jit
 def activation_gradient(pre, up, grad, ACTIVATION: tl.constexpr):
     """(act, gradient of pre, gradient of up) for the gradient `grad` of act; without a gate the third is `grad`."""
     value, slope = _curve(pre, ACTIVATION)
+    to_pre, to_up = grad * slope, grad
     if ACTIVATION == "swiglu" or ACTIVATION == "geglu":
-        return value * up, grad * up * slope, grad * value
-    else:
-        return value, grad * slope, grad
+        to_pre, to_up = to_pre * up, grad * value
+        value = value * up
+    return value, to_pre, to_up
 
 
 @triton.jit
 def _curve(x, ACTIVATION: tl.constexpr):
-    """f(x) and f'(x) of the function that acts on the (gate of the) pre-activation; what nobody uses is not computed."""
+    """f(x) and f'(x), f acting on the pre-activation or its gate; the compiler drops what nobody uses."""
     if ACTIVATION == "relu2":
         positive = tl.where(x < 0.0, 0.0, x)  # NaN stays NaN
-        return positive * positive, 2.0 * positive
+        value, slope = positive * positive, 2.0 * positive
     elif ACTIVATION == "gelu" or ACTIVATION == "geglu":
         phi = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
-        density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
-        return x * phi, phi + x * density
+        value, slope = x * phi, phi + x * (0.3989422804014327 * tl.exp(-0.5 * x * x))
     elif ACTIVATION == "gelu_tanh":
         square = x * x
         s = tl.sigmoid(x * (1.5957691216057308 + 0.07135481627260025 * square))  # 2 sqrt(2/pi) (1, 0.044715)
-        return x * s, s + x * s * (1.0 - s) * (1.5957691216057308 + 0.21406444881780076 * square)
+        value, slope = x * s, s + x * s * (1.0 - s) * (1.5957691216057308 + 0.21406444881780076 * square)
     else:
         s = tl.sigmoid(x)
-        return x * s, s + x * s * (1.0 - s)
+        value, slope = x * s, s + x * s * (1.0 - s)
+    return value, slope

@@ -73,7 +73,7 @@ def expert_rows(expert, offsets_ptr, rows, num_experts):
 
 @triton.jit
 def block_at(index, columns, ends, offsets_ptr, rows, num_experts, BLOCK_M: tl.constexpr, GROUP_M: tl.constexpr):
-    """Block `index` of tile_count(ends) * columns: (expert, row tile, first row, end of the expert's rows, column tile).
+    """Block `index` of tile_count(ends) * columns: (expert, row tile, first row, end of expert's rows, column tile).
 
     The tile owns the rows first .. min(first + BLOCK_M, end) - 1.
     """
