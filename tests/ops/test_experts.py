@@ -19,7 +19,9 @@ Tensors = dict[str, torch.Tensor]
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 each_shape = pytest.mark.parametrize("shape", EXPERTS_SMALL.values(), ids=EXPERTS_SMALL.keys())
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+each_case = pytest.mark.parametrize(
+    ("backend", "dtype"), [(name, dtype) for dtype in DTYPES for name in available_backends("experts", dtype)], ids=str
+)
 
 
 def plan_of(experts: torch.Tensor, weights: torch.Tensor, num_experts: int) -> RoutingPlan:
@@ -83,10 +85,9 @@ def test_mlp_against_the_definition(shape: ExpertShape, biases: bool):
             torch.testing.assert_close(grad, want, msg=f"gradient of {name}")
 
 
-@each_dtype
 @pytest.mark.parametrize("biases", [True, False], ids=["biases", "plain"])
 @each_shape
-@each_backend
+@each_case
 def test_mlp_and_gradients(backend: str, shape: ExpertShape, biases: bool, dtype: torch.dtype):
     tensors, experts = problem(shape, biases)
 
@@ -205,11 +206,10 @@ def gemm_problem(sizes: list[int], rest: int = 0) -> tuple[Tensors, torch.Tensor
     return tensors, torch.tensor([0, *sizes]).cumsum(0).int()
 
 
-@each_dtype
 @pytest.mark.parametrize("rest", [0, 4])
 @pytest.mark.parametrize("gathered", [False, True], ids=["rows", "gather"])
 @each_size
-@each_backend
+@each_case
 def test_grouped_gemm_and_gradients(backend: str, sizes: list[int], gathered: bool, rest: int, dtype: torch.dtype):
     tensors, offsets = gemm_problem(sizes, rest)
     rows = len(tensors["a"])

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.shapes import ExpertShape
 from tests.bits import assert_same_for_threads, assert_same_on_instruction_sets, needs_native
-from tests.ops.test_experts import BACKENDS, each_backend, each_dtype, plan_of, problem, run_mlp
+from tests.ops.test_experts import BACKENDS, each_backend, each_case, plan_of, problem, run_mlp
 from tests.oracle import assert_matches_reference
 from unif2ace.errors import UserError
 from unif2ace.ops import expert_mlp, grouped_gemm
@@ -39,9 +39,8 @@ def check(shape: ExpertShape, experts: torch.Tensor, dtype: torch.dtype, backend
     assert_matches_reference(run, tensors, dtype, backend, keep=("weights",))
 
 
-@each_dtype
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@each_backend
+@each_case
 def test_every_activation_on_many_rows(backend: str, activation: str, dtype: torch.dtype):
     shape = ExpertShape(70, 24, 37, 2, 2, activation)
     _, experts = problem(shape)
@@ -88,9 +87,8 @@ def test_a_token_does_not_depend_on_the_batch_around_it(backend: str, sizes: tup
         assert torch.equal(run_mlp(part, experts[rows], "gelu_tanh", backend), whole[rows])
 
 
-@each_dtype
 @pytest.mark.parametrize("gathered", [False, True], ids=["rows", "gather"])
-@each_backend
+@each_case
 def test_grouped_gemm_on_many_rows(backend: str, gathered: bool, dtype: torch.dtype):
     offsets = torch.tensor([0, 301, 301, 302, 390], dtype=torch.int32)
     gather = torch.randint(150, (400,)) if gathered else None
