@@ -51,9 +51,33 @@ def _curve(x, ACTIVATION: tl.constexpr):
         value, slope = x * phi, phi + x * (0.3989422804014327 * tl.exp(-0.5 * x * x))
     elif ACTIVATION == "gelu_tanh":
         square = x * x
-        s = tl.sigmoid(x * (1.5957691216057308 + 0.07135481627260025 * square))  # 2 sqrt(2/pi) (1, 0.044715)
-        value, slope = x * s, s + x * s * (1.0 - s) * (1.5957691216057308 + 0.21406444881780076 * square)
+        s, ds = _logistic(x * (1.5957691216057308 + 0.07135481627260025 * square))  # 2 sqrt(2/pi) (1, 0.044715)
+        value, slope = x * s, s + x * ds * (1.5957691216057308 + 0.21406444881780076 * square)
     else:
-        s = tl.sigmoid(x)
-        value, slope = x * s, s + x * s * (1.0 - s)
+        s, ds = _logistic(x)
+        value, slope = x * s, s + x * ds
     return value, slope
+
+
+@triton.jit
+def _logistic(x):
+    """s(x) and s'(x) = s (1 - s) = e / (1 + e)^2 with e = exp(-|x|): no overflow and no cancellation on either side."""
+    e = tl.exp(-tl.abs(x))
+    r = 1.0 / (1.0 + e)
+    return tl.where(x < 0.0, e * r, r), e * r * r
+
+
+@triton.jit
+def columns_of(x, part: tl.constexpr, PARTS: tl.constexpr):
+    """Part `part` of the columns of a tile. Halving by reshape and split leaves every element in its thread.
+
+    Epilogues take an accumulator some columns at a time: addresses and intermediate values of a whole tile would not
+    fit into the registers beside it.
+    """
+    if PARTS > 1:
+        low, high = x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1).split()
+        if part < PARTS // 2:
+            x = columns_of(low, part, PARTS // 2)
+        else:
+            x = columns_of(high, part - PARTS // 2, PARTS // 2)
+    return x
