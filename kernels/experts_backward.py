@@ -81,7 +81,7 @@ class Product(NamedTuple):
 
 
 GROUP_M = 8
-PART = 16  # columns of the epilogue at a time
+PART = 32  # columns of the epilogue at a time
 
 
 class Configuration(NamedTuple):
@@ -94,10 +94,13 @@ def configuration(dtype: torch.dtype, device: torch.device, slots: int, experts:
         return Configuration(Product(64, 64, 64, 4, 1), Product(64, 64, 64, 4, 1))
     if dtype == torch.float32:
         return Configuration(Product(64, 64, 16, 4, 2), Product(64, 64, 16, 4, 2))
-    rows = 128 if slots >= 128 * experts else 64
+    few = slots < 128 * experts
     if capability(device) >= 90:
-        return Configuration(Product(rows, 128, 64, 4, 3, 2), Product(128, 256, 64, 8, 5))
-    return Configuration(Product(rows, 128, 32, 4, 4), Product(128, 128, 32, 8, 7))
+        rows = Product(64, 64, 64, 4, 5, 2) if few else Product(128, 256, 64, 8, 4)
+        return Configuration(rows, Product(128, 256, 64, 8, 5))
+    return Configuration(
+        Product(64, 64, 32, 4, 5, 2) if few else Product(128, 128, 32, 8, 4), Product(128, 128, 32, 8, 7)
+    )
 
 
 class Rows(NamedTuple):

@@ -42,25 +42,25 @@ def matrix_tile(
 ):
     """matrices[expert, row : row + BLOCK_K, column : column + BLOCK_N], zeros outside [rows, columns]."""
     if TMA:
-        return matrices.load([expert, row, column]).reshape(BLOCK_K, BLOCK_N)
+        tile = matrices.load([expert, row, column]).reshape(BLOCK_K, BLOCK_N)
     else:
         ks, ns = row + tl.arange(0, BLOCK_K), column + tl.arange(0, BLOCK_N)
         matrix = matrices + expert.to(tl.int64) * stride_expert
         places = ks[:, None].to(tl.int64) * stride_row + ns[None, :]
-        return tl.load(matrix + places, mask=(ks < rows)[:, None] & (ns < columns)[None, :], other=0.0)
+        tile = tl.load(matrix + places, mask=(ks < rows)[:, None] & (ns < columns)[None, :], other=0.0)
+    return tile
 
 
 @triton.jit
 def columns_of(x, part: tl.constexpr, PARTS: tl.constexpr):
     """Part `part` of the columns of x. Halving by reshape and split leaves every element in its thread."""
-    if PARTS == 1:
-        return x
-    else:
+    if PARTS > 1:
         low, high = x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1).split()
         if part < PARTS // 2:
-            return columns_of(low, part, PARTS // 2)
+            x = columns_of(low, part, PARTS // 2)
         else:
-            return columns_of(high, part - PARTS // 2, PARTS // 2)
+            x = columns_of(high, part - PARTS // 2, PARTS // 2)
+    return x
 
 
 @triton.jit
@@ -178,7 +178,8 @@ def input_gradient_kernel(
     column_tiles = tl.cdiv(width, BLOCK_N)
     ends = tile_ends(offsets_ptr, slots, experts, EXPERTS, BLOCK_M, not BY_TILE)
     items = tile_count(ends) * column_tiles
-    for item in tl.range(tl.program_id(0), items, tl.num_programs(0), disable_licm=True):
+    # One loop over all tiles (`flatten`) lets the copy engine fetch the next tile's operands while this one is stored.
+    for item in tl.range(tl.program_id(0), items, tl.num_programs(0), flatten=TMA and BY_TILE):
         expert, tile, first, end, column_tile = block_at(
             item, column_tiles, ends, offsets_ptr, slots, experts, BLOCK_M, GROUP_M
         )
@@ -186,7 +187,7 @@ def input_gradient_kernel(
         rows, ks = first + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
         live = rows < end
         start = tile * BLOCK_M if BY_TILE else first
-        terms = tl.where(expert < experts, depth, 0)
+        terms = depth if BY_TILE else tl.where(expert < experts, depth, 0)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in range(0, terms, BLOCK_K):
             if TMA and BY_TILE:
@@ -254,15 +255,15 @@ def weight_gradient_kernel(
         rows = begin + k + ks
         live = rows < end
         if TMA:
-            a = left.load([start + k, left_column])
-        else:
-            places = (start + k + ks)[:, None].to(tl.int64) * stride_left + left_columns_here[None, :]
-            some = (left_columns_here < left_columns)[None, :] & (live[:, None] | BY_TILE)
+            a = tl.trans(left.load([start + k, left_column]))
+        else:  # loaded transposed: a transposition after the load would keep it out of the asynchronous copies
+            places = left_columns_here[:, None] + (start + k + ks)[None, :].to(tl.int64) * stride_left
+            some = (left_columns_here < left_columns)[:, None] & (live[None, :] | BY_TILE)
             a = tl.load(left + places, mask=some, other=0.0)
         source = rows if index_ptr is None else tl.load(index_ptr + rows, mask=live, other=0) // TOP_K
         places = source[:, None].to(tl.int64) * stride_right + columns[None, :]
         b = tl.load(right_ptr + places, mask=live[:, None] & (columns < width)[None, :], other=0.0)
-        acc = tl.dot(tl.trans(a), b, acc, input_precision="ieee")
+        acc = tl.dot(a, b, acc, input_precision="ieee")
 
     value = acc.to(dtype)
     exists = (columns < width)[None, :]

@@ -96,7 +96,7 @@ def tile_sums_kernel(
 
 @triton.jit
 def slot_sums_kernel(parts_ptr, position_ptr, total_ptr, out_ptr, parts, slots, BLOCK: tl.constexpr):
-    """out[s] = sum over j of parts[j, position[s]]; zero where position[s] is beyond the last offset, at `total_ptr`."""
+    """out[s] = sum over j of parts[j, position[s]]; zero where that row is beyond the last offset, `total_ptr[0]`."""
     slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(position_ptr + slot, mask=slot < slots, other=0)
     live = (slot < slots) & (row < tl.load(total_ptr))
