@@ -1,8 +1,8 @@
 """How the grouped products of `experts` are launched: tile sizes and pipelines, by rules and by measured tables.
 
-`choose` looks a product up in the table of the chip, `tuning/experts-sm_90.json` and so on, and where no table knows it
-follows the rules below. Nothing is tuned while a program runs; `unif2ace bench experts --tune` measures `candidates` on
-the GPU at hand and writes the table.
+`choose` looks a product up in the table of the chip, `tuning/experts-sm_90.json` for Hopper, and where that does not
+know it follows the rules below. Nothing is tuned while a program runs; `unif2ace bench experts --tune` measures
+`candidates` on the GPU at hand and writes the table.
 
 The rules (16-bit operands; r = rows per expert on average, which the host knows, as it does not know the offsets):
 
@@ -49,6 +49,17 @@ class Config(NamedTuple):
     flatten: bool = False
 
 
+class Key(NamedTuple):
+    """Under what a table files a configuration; loads are rounded up to powers of two, so that close ones share it."""
+
+    bits: int
+    gather: bool
+    rows_per_expert: int
+    parts: int
+    width: int
+    depth: int
+
+
 class Product(NamedTuple):
     """What a configuration is chosen for: `rows` by `parts` matrices of `width` x `depth` for each expert."""
 
@@ -61,22 +72,15 @@ class Product(NamedTuple):
     gather: bool
 
     @property
-    def rows_per_expert(self) -> int:
-        """Rounded up to a power of two: close loads share an entry of the table."""
-        return triton.next_power_of_2(max(1, -(-self.rows // self.num_experts)))
-
-    @property
-    def key(self) -> str:
-        """Its name in a table."""
-        kind = "gather" if self.gather else "rows"
-        bits = 8 * self.dtype.itemsize
-        return f"{bits}-bit {kind} {self.rows_per_expert} x {self.parts} x {self.width} x {self.depth}"
+    def key(self) -> Key:
+        load = triton.next_power_of_2(max(1, -(-self.rows // self.num_experts)))
+        return Key(8 * self.dtype.itemsize, self.gather, load, self.parts, self.width, self.depth)
 
 
 def choose(product: Product, device: torch.device) -> Config:
     """The table's configuration, or else that of the rules."""
     chip = capability(device)
-    return table(FOLDER / f"experts-sm_{chip}.json").get(product.key) or rules(product, chip)
+    return table(path_of_table(chip)).get(product.key) or rules(product, chip)
 
 
 def rules(product: Product, chip: int) -> Config:
@@ -86,7 +90,7 @@ def rules(product: Product, chip: int) -> Config:
         return Config(64, 64, 64, warps=4, stages=1)
     if product.dtype == torch.float32:
         return Config(64, 64 // block_n, 16, warps=4, stages=2, programs=2)
-    rows = product.rows_per_expert
+    rows = product.key.rows_per_expert
     if rows <= 32:
         block_m = 16 if rows <= 8 else 32
         return Config(block_m, 64, 128 // block_n, warps=4, stages=4, programs=2, swap=True)
@@ -102,31 +106,29 @@ def rules(product: Product, chip: int) -> Config:
 
 
 def candidates(product: Product, chip: int) -> list[Config]:
-    """Configurations worth measuring, that of the rules first."""
-    split = product.parts
-    found = [rules(product, chip)]
-    if product.rows_per_expert <= 64:
-        found += [
-            Config(block_m, block_n, block_k // split, warps=4, stages=stages, programs=programs, swap=True)
-            for block_m in (16, 32, 64)
-            for block_n, block_k, programs in ((64, 128, 3), (64, 256, 2), (128, 128, 2))
-            for stages in (3, 4)
-        ]
-    if product.rows_per_expert > 32:
+    """Configurations worth measuring, that of the rules first; some may want more than the chip has."""
+    found, split, rows = [rules(product, chip)], product.parts, product.key.rows_per_expert
+    if rows <= 64:
+        for block_m in (16, 32, 64):
+            for block_n, block_k, programs in ((64, 128, 3), (64, 256, 2), (128, 128, 2)):
+                found.append(Config(block_m, block_n, block_k // split, 4, 4, programs, swap=True))
+    if rows > 32:
         shapes = [(64, 128, 64, 4, 4, 2), (64, 256, 64, 4, 4, 1), (128, 128, 64, 4, 3, 2), (128, 128, 64, 8, 4, 1)]
         shapes += [(128, 256, 64, 8, 3, 1), (128, 256, 64, 8, 4, 1), (256, 128, 64, 8, 3, 1), (256, 128, 64, 8, 4, 1)]
-        found += [
-            Config(m, n // split, k, warps, stages, programs, group_m=group, flatten=flatten)
-            for m, n, k, warps, stages, programs in shapes
-            for group in (4, 8, 16)
-            for flatten in ((False,) if product.gather else (False, True))
-        ]
+        for block_m, block_n, block_k, warps, stages, programs in shapes:
+            config = Config(block_m, block_n // split, block_k, warps, stages, programs)
+            found += [config] if product.gather else [config, config._replace(flatten=True)]
     return list(dict.fromkeys(found))
 
 
+def path_of_table(chip: int) -> Path:
+    """Where the measured configurations of a chip are."""
+    return FOLDER / f"experts-sm_{chip}.json"
+
+
 @cache
-def table(path: Path) -> dict[str, Config]:
-    """The configurations of a file by `Product.key`; none where there is no file."""
+def table(path: Path) -> dict[Key, Config]:
+    """The configurations of a file; none where there is no file."""
     if not path.is_file():
         return {}
-    return {entry["product"]: Config(**entry["config"]) for entry in json.loads(path.read_text())["entries"]}
+    return {Key(**entry["product"]): Config(**entry["config"]) for entry in json.loads(path.read_text())["entries"]}

@@ -47,6 +47,26 @@ def _experts() -> Iterator[Call]:
             a, b, index = _meta(rows, hidden, dtype=dtype), w_up, _meta(rows, dtype=torch.int32)
             yield Call(f"{rows} rows", "grouped_gemm", (a, b, offsets, None, None))
             yield Call(f"{rows} rows gathered", "grouped_gemm", (a, b, offsets, None, index))
+    yield from _tuned_experts()
+
+
+def _tuned_experts() -> Iterator[Call]:
+    """For each measured configuration of kernels/tuning/experts-*.json a call that takes it on its chip."""
+    from unif2ace.kernels import experts_config  # here: Triton is not installed everywhere
+
+    keys = {key for path in experts_config.FOLDER.glob("experts-*.json") for key in experts_config.table(path)}
+    for key in sorted(keys):
+        experts, dtype = 16, torch.bfloat16 if key.bits == 16 else torch.float32
+        rows = experts * key.rows_per_expert
+        offsets, index = _meta(experts + 1, dtype=torch.int32), _meta(rows, dtype=torch.int32)
+        weights = _meta(rows, 1, dtype=torch.float32)
+        hidden, inner = (key.depth, key.width) if key.gather else (key.width, key.depth)
+        w_up = _meta(experts, key.parts * inner, hidden, dtype=dtype)
+        plan = (_meta(rows, hidden, dtype=dtype), weights, offsets, index, index, w_up)
+        w_down = _meta(experts, hidden, inner, dtype=dtype)
+        activation = "swiglu" if key.parts == 2 else "gelu_tanh"
+        for save in (False, True):
+            yield Call(f"measured {tuple(key)}", "expert_mlp", (*plan, w_down, None, None, activation, save))
 
 
 CALLS: dict[str, Callable[[], Iterator[Call]]] = {"experts": _experts}
