@@ -20,7 +20,7 @@ from triton.runtime.errors import OutOfResources
 from benchmarks import machine, shapes, timing
 from unif2ace.files import write_text
 from unif2ace.kernels import experts, experts_config
-from unif2ace.kernels._device import capability
+from unif2ace.kernels._device import multiprocessors
 from unif2ace.kernels.experts_config import Config, Product
 from unif2ace.ops import route
 
@@ -97,11 +97,13 @@ def merge(path: Path, entries: Iterable[dict[str, object]], facts: dict[str, obj
 def main(names: Sequence[str]) -> Path:
     """Tune for shapes of `benchmarks/shapes.py` in bfloat16; returns the table's path."""
     device = torch.device("cuda", torch.cuda.current_device())
-    chip, clock, entries = capability(device), timing.clock_for("cuda"), []
+    chip, clock, entries = experts_config.chip_of(device), timing.clock_for("cuda"), []
     wanted = [p for name in names for p in products_of(shapes.EXPERTS[name], torch.bfloat16)]
     for product in {product.key: product for product in wanted}.values():
         print(" ".join(f"{name}={value}" for name, value in product.key._asdict().items()), flush=True)
-        entries.append(fastest(product, experts_config.candidates(product, chip), device, clock))
+        entries.append(
+            fastest(product, experts_config.candidates(product, chip, multiprocessors(device)), device, clock)
+        )
         print(f"  {entries[-1]['rules_microseconds']} -> {entries[-1]['microseconds']} us", flush=True)
     path = experts_config.path_of_table(chip)
     facts = machine.facts("cuda")

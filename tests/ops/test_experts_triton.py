@@ -167,8 +167,8 @@ def shared_bytes(config: Config, product: Product, chip: int) -> int:
 def test_rules_and_candidates_are_possible(chip: int, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(experts_config, "INTERPRETED", False)
     for product in products():
-        candidates = experts_config.candidates(product, chip)
-        assert candidates[0] == experts_config.rules(product, chip)
+        candidates = experts_config.candidates(product, chip, 100)
+        assert candidates[0] == experts_config.rules(product, chip, 100)
         assert len(set(candidates)) == len(candidates)
         assert shared_bytes(candidates[0], product, chip) * candidates[0].programs <= SHARED_LIMITS[chip]
         for config in candidates:
@@ -180,6 +180,25 @@ def test_rules_and_candidates_are_possible(chip: int, monkeypatch: pytest.Monkey
                 height = product.parts * config.block_n if config.swap else config.block_m
                 assert height >= 64
                 assert config.warps % 4 == 0
+
+
+def test_few_blocks_are_small_ones(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(experts_config, "INTERPRETED", False)
+
+    def block(rows: int, width: int, chip: int = 90) -> tuple[int, int]:
+        config = experts_config.rules(Product(torch.bfloat16, rows, 16, width, 2048, 1, True), chip, 132)
+        return config.block_m, config.block_n
+
+    assert block(32768, 2048) == block(16384, 1024) == (128, 256)
+    assert block(2048, 512) == (128, 128)  # 96 blocks; of 128 x 256 there would be 48
+    assert block(1024, 256) == (64, 128)
+    assert block(32768, 2048, 80) == (128, 128)
+
+
+@pytest.mark.parametrize(("capability", "chip"), [(75, 80), (80, 80), (89, 80), (90, 90), (100, 90), (120, 90)])
+def test_every_device_has_rules(capability: int, chip: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(experts_config, "capability", lambda device: capability)
+    assert experts_config.chip_of(torch.device("meta")) == chip
 
 
 def entry(product: Product, config: Config) -> dict[str, object]:
@@ -195,7 +214,7 @@ def test_the_table_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with compiling_for(90):
         tune_experts.merge(experts_config.path_of_table(90), [entry(known, config)], {"device": "a GPU"})
         assert experts_config.choose(known, device) == experts_config.choose(close, device) == config
-        assert experts_config.choose(other, device) == experts_config.rules(other, 90)
+        assert experts_config.choose(other, device) == experts_config.rules(other, 90, 132)
         better = config._replace(stages=4)
         tune_experts.merge(experts_config.path_of_table(90), [entry(close, better), entry(other, config)], {})
         assert experts_config.choose(known, device) == better
@@ -203,7 +222,7 @@ def test_the_table_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         labels = [call.label for call in CALLS["experts"]()]
         assert all(f"measured {tuple(product.key)}" in labels for product in (known, other))
     with compiling_for(80):
-        assert experts_config.choose(known, device) == experts_config.rules(known, 80)
+        assert experts_config.choose(known, device) == experts_config.rules(known, 80, 108)
     experts_config.table.cache_clear()
 
 
