@@ -86,8 +86,8 @@ BLOCKS = {
         Config(64, 128, 64, warps=4, stages=4, programs=2),
     ),
 }
-# Multiply-adds of 16-bit numbers per cycle and multiprocessor, by the data sheets; and bytes per cycle that it gets from
-# L2, three quarters of the 64 that the port is wide.
+# Of one multiprocessor: multiply-adds of 16-bit numbers per cycle, by the data sheets, and bytes per cycle from L2, three
+# quarters of the 64 that its port is wide.
 MULTIPLY_ADDS = {80: 1024, 90: 2048}
 L2_BYTES = 48
 
