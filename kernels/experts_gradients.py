@@ -22,7 +22,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from unif2ace.kernels.experts_activation import activation_gradient
+from unif2ace.kernels.experts_activation import activation_gradient, columns_of
 from unif2ace.kernels.experts_schedule import block_at, expert_rows, tile_count, tile_ends, tiles_before
 
 
@@ -49,18 +49,6 @@ def matrix_tile(
         places = ks[:, None].to(tl.int64) * stride_row + ns[None, :]
         tile = tl.load(matrix + places, mask=(ks < rows)[:, None] & (ns < columns)[None, :], other=0.0)
     return tile
-
-
-@triton.jit
-def columns_of(x, part: tl.constexpr, PARTS: tl.constexpr):
-    """Part `part` of the columns of x. Halving by reshape and split leaves every element in its thread."""
-    if PARTS > 1:
-        low, high = x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1).split()
-        if part < PARTS // 2:
-            x = columns_of(low, part, PARTS // 2)
-        else:
-            x = columns_of(high, part - PARTS // 2, PARTS // 2)
-    return x
 
 
 @triton.jit
