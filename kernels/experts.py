@@ -148,7 +148,7 @@ def _combine(rows: Tensor, weights: Tensor, position: Tensor, offsets: Tensor, y
     tokens, width = y.shape
     if y.numel() == 0:
         return
-    # A token per program, 16 elements for each of 128 threads: two wide loads per row. For few tokens more programs.
+    # A token per program, 8 elements per thread: one wide load for each row. For few tokens more programs.
     block_n = min(2048 if tokens >= 1024 else 512, triton.next_power_of_2(width))
     block_t = 64 if INTERPRETED else 1
     combine_kernel[(triton.cdiv(tokens, block_t), triton.cdiv(width, block_n))](
@@ -164,7 +164,7 @@ def _combine(rows: Tensor, weights: Tensor, position: Tensor, offsets: Tensor, y
         TOP_K=weights.shape[1],
         BLOCK_T=block_t,
         BLOCK_N=block_n,
-        num_warps=4,
+        num_warps=max(1, block_n // 256),
     )
 
 

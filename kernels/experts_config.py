@@ -43,7 +43,7 @@ class Config(NamedTuple):
     warps: int
     stages: int
     programs: int = 1
-    piece: int = 64
+    piece: int = 32
     group_m: int = 8
     swap: bool = False
     flatten: bool = False
@@ -85,7 +85,7 @@ def rules(product: Product, chip: int) -> Config:
     if INTERPRETED:
         return Config(64, 64, 64, warps=4, stages=1)
     if product.dtype == torch.float32:
-        return Config(64, 64 // block_n, 16, warps=4, stages=2, programs=2, piece=32)
+        return Config(64, 64 // block_n, 16, warps=4, stages=2, programs=2)
     rows = product.rows_per_expert
     if rows <= 32:
         block_m = 16 if rows <= 8 else 32
@@ -93,7 +93,9 @@ def rules(product: Product, chip: int) -> Config:
     if chip >= 90:
         if rows <= 64:
             return Config(64, 128 // block_n, 64, warps=4, stages=4, programs=2)
-        return Config(128, 256 // block_n, 64, warps=8, stages=4)
+        if product.gather:
+            return Config(128, 256 // block_n, 64, warps=8, stages=4)
+        return Config(128, 256 // block_n, 64, warps=8, stages=4, piece=64, flatten=True)
     if rows <= 64:
         return Config(64, 128 // block_n, 32, warps=4, stages=4, programs=2)
     return Config(128, 128 // block_n, 32, warps=8, stages=4, programs=2)
@@ -117,7 +119,7 @@ def candidates(product: Product, chip: int) -> list[Config]:
             Config(m, n // split, k, warps, stages, programs, group_m=group, flatten=flatten)
             for m, n, k, warps, stages, programs in shapes
             for group in (4, 8, 16)
-            for flatten in (False, True)
+            for flatten in ((False,) if product.gather else (False, True))
         ]
     return list(dict.fromkeys(found))
 

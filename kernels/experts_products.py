@@ -10,13 +10,14 @@ and is all of `grouped_gemm` and both products of `expert_mlp`. What makes it fa
 * The gather is in the load: each thread copies 16-byte pieces of its rows straight into shared memory (cp.async), the
   rows' addresses are computed once per block. Rows beyond an expert's end read its last row again instead of being
   masked, so the loop has no row mask; what they give is not stored.
-* On Hopper the matrices (and rows that are not gathered) come by TMA: one thread asks for a whole tile, no registers and
-  no addresses. What lies outside a matrix arrives as zeros.
+* On Hopper the matrices (and rows that are not gathered) come by TMA: one thread asks for a whole tile, and it takes
+  neither registers nor addresses. What lies outside a matrix arrives as zeros.
 * Gated activations: a block computes the same columns of gate and up. The TMA box has both, [2, BLOCK_N, BLOCK_K], and
   is one operand of 2 * BLOCK_N rows for one product; gate and up of an element end in the same thread.
 * Few rows per expert (SWAP): the matrix is the left operand and the rows the right one, so that Hopper's instruction,
   which is 64 high, multiplies 64 rows of the matrix with as few as 16 tokens instead of padding the tokens to 64.
 * FLATTEN makes one loop of blocks and steps: the copy engine fetches the next block's operands during this epilogue.
+  Without effect where the number of steps varies (REST), and of no use for gathered rows (it spills).
 
 Sums are in float32 over k in ascending order, whatever the tile sizes: a row does not depend on the rows around it.
 float32 operands are multiplied in IEEE arithmetic, because TF32 has ten bits where the reference has 23.

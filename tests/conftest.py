@@ -14,10 +14,10 @@ import pytest
 import torch
 from hypothesis import settings
 
-from unif2ace.ops import default_backend, use_backend
-
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined: before any is imported
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which torch does for unif2ace.ops
+
+from unif2ace.ops import default_backend, use_backend
 
 # One CPU is shared by many tests: time limits per example only make tests flaky.
 settings.register_profile("unif2ace", deadline=None, max_examples=25, derandomize=True)

@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
 
 class Call(NamedTuple):
     """One call: `label` tells a reader of the table what it stands for."""
@@ -18,4 +21,32 @@ class Call(NamedTuple):
     arguments: tuple
 
 
-CALLS: dict[str, Callable[[], Iterator[Call]]] = {}
+def _meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _experts() -> Iterator[Call]:
+    """Training, decoding and what lies between; every activation; with biases and the pre-activation, and without."""
+    hidden, inner, experts, top_k = 2048, 512, 16, 4
+    activations = ("gelu_tanh", "swiglu", "gelu", "silu", "relu2", "geglu")
+    loads = {"training": 8192, "64 rows per expert": 256, "32 rows per expert": 128, "decoding": 1}
+    cases = [(load, name) for load in loads for name in activations[: None if load == "training" else 2]]
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        offsets = _meta(experts + 1, dtype=torch.int32)
+        for load, activation in cases if dtype == torch.bfloat16 else cases[:2]:
+            slots, up_rows = loads[load] * top_k, inner * (2 if "glu" in activation else 1)
+            x, weights = _meta(loads[load], hidden, dtype=dtype), _meta(loads[load], top_k, dtype=torch.float32)
+            index = _meta(slots, dtype=torch.int32)
+            w_up, w_down = _meta(experts, up_rows, hidden, dtype=dtype), _meta(experts, hidden, inner, dtype=dtype)
+            biases = _meta(experts, up_rows, dtype=dtype), _meta(experts, hidden, dtype=dtype)
+            plan = (x, weights, offsets, index, index, w_up, w_down)
+            label = f"{load}, {activation}"
+            yield Call(f"{label}, saved", "expert_mlp", (*plan, *biases, activation, True))
+            yield Call(label, "expert_mlp", (*plan, None, None, activation, False))
+        for rows in (32768, 64):
+            a, b, index = _meta(rows, hidden, dtype=dtype), w_up, _meta(rows, dtype=torch.int32)
+            yield Call(f"{rows} rows", "grouped_gemm", (a, b, offsets, None, None))
+            yield Call(f"{rows} rows gathered", "grouped_gemm", (a, b, offsets, None, index))
+
+
+CALLS: dict[str, Callable[[], Iterator[Call]]] = {"experts": _experts}
