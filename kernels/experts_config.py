@@ -17,6 +17,14 @@ The rules (16-bit operands; r = rows per expert on average, which the host knows
 * A100 has no wgmma and 163 KiB: 128 x 128, in steps of 32.
 * float32 runs on the ordinary arithmetic units: 64 x 64.
 * Under the interpreter one small tile for everything: programs are slow there, not rows.
+
+The backward (`gradients`) follows rules of its own, for r >= 128 and below:
+
+* Gradients of rows: the same 128 x 256 blocks. Both kernels share BLOCK_M, because one stores by tile what the other
+  reads. The epilogue of the activation works on 32 columns at a time; with 64 the compiler spills registers.
+* r < 128: blocks of 64 x 64, so that E experts of few rows make enough programs to stream their matrices.
+* Gradients of matrices: 128 x 256 for any load, since their number of blocks does not depend on it. A row is found by
+  an index that has to arrive first, and Triton spends two of five stages on it: three buffers of 48 KiB remain.
 """
 
 from __future__ import annotations
@@ -122,6 +130,27 @@ def candidates(product: Product, chip: int) -> list[Config]:
             for flatten in ((False,) if product.gather else (False, True))
         ]
     return list(dict.fromkeys(found))
+
+
+class Gradients(NamedTuple):
+    """How the backward is launched: products that give a row for each row, and products over the rows."""
+
+    rows: Config
+    weights: Config
+
+
+def gradients(dtype: torch.dtype, rows: int, num_experts: int, device: torch.device) -> Gradients:
+    """The configurations of the backward for `rows` sorted rows; see the module docstring."""
+    many = rows >= 128 * num_experts
+    if INTERPRETED:
+        return Gradients(Config(64, 64, 64, 4, 1, piece=32), Config(64, 64, 64, 4, 1))
+    if dtype == torch.float32:
+        return Gradients(Config(64, 64, 16, 4, 2, programs=2, piece=32), Config(64, 64, 16, 4, 2))
+    if capability(device) >= 90:
+        few = Config(64, 64, 64, warps=4, stages=5, programs=2, piece=32)
+        return Gradients(Config(128, 256, 64, 8, 4, piece=32) if many else few, Config(128, 256, 64, 8, 5))
+    few = Config(64, 64, 32, warps=4, stages=5, programs=2, piece=32)
+    return Gradients(Config(128, 128, 32, 8, 4, piece=32) if many else few, Config(128, 128, 32, 8, 7))
 
 
 @cache
