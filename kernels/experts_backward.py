@@ -52,55 +52,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from unif2ace.kernels import experts_gradients as products
 from unif2ace.kernels import experts_sums as sums
-from unif2ace.kernels._device import INTERPRETED, capability, multiprocessors
+from unif2ace.kernels._device import capability, multiprocessors
+from unif2ace.kernels.experts_config import Config, gradients
 from unif2ace.kernels.experts_schedule import max_tiles, padded_experts
-
-GATED = ("swiglu", "geglu")
-
-
-class Product(NamedTuple):
-    """How a matrix kernel is launched: tile sizes, row tiles per group of blocks, warps, stages of the loop, and
-    programs per multiprocessor."""
-
-    block_m: int
-    block_n: int
-    block_k: int
-    warps: int
-    stages: int
-    programs: int = 1
-
-    @property
-    def launch(self) -> dict[str, int]:
-        return {
-            "BLOCK_M": self.block_m,
-            "BLOCK_N": self.block_n,
-            "BLOCK_K": self.block_k,
-            "num_warps": self.warps,
-            "num_stages": self.stages,
-        }
-
-
-GROUP_M = 8
-PART = 32  # columns of the epilogue at a time
-
-
-class Configuration(NamedTuple):
-    rows: Product
-    weights: Product
-
-
-def configuration(dtype: torch.dtype, device: torch.device, slots: int, experts: int) -> Configuration:
-    if INTERPRETED:
-        return Configuration(Product(64, 64, 64, 4, 1), Product(64, 64, 64, 4, 1))
-    if dtype == torch.float32:
-        return Configuration(Product(64, 64, 16, 4, 2), Product(64, 64, 16, 4, 2))
-    few = slots < 128 * experts
-    if capability(device) >= 90:
-        rows = Product(64, 64, 64, 4, 5, 2) if few else Product(128, 256, 64, 8, 4)
-        return Configuration(rows, Product(128, 256, 64, 8, 5))
-    return Configuration(
-        Product(64, 64, 32, 4, 5, 2) if few else Product(128, 128, 32, 8, 4), Product(128, 128, 32, 8, 7)
-    )
 
 
 class Rows(NamedTuple):
@@ -143,13 +97,13 @@ def expert_mlp_backward(
     inner, top_k, slots = w_down.shape[2], weights.shape[1], order.shape[0]
     grad, x, w_up, w_down = (_adjacent(tensor) for tensor in (grad, x, w_up, w_down))
     pre, weights, order, position = (tensor.contiguous() for tensor in (pre, weights, order, position))
-    config = configuration(x.dtype, x.device, slots, w_up.shape[0])
+    config = gradients(x.dtype, slots, w_up.shape[0], x.device)
     rows = Rows(offsets.contiguous(), slots, config.rows.block_m)
 
     factors = x.new_empty(rows.tiles * rows.block_m, inner + w_up.shape[1])
     up_sums = x.new_empty(rows.tiles, w_up.shape[1], dtype=torch.float32)
-    parts = triton.cdiv(inner, config.rows.block_n) * (config.rows.block_n // PART)
-    dots = x.new_empty(parts + (0 if b_down is None else _strips(x.shape[1])), slots, dtype=torch.float32)
+    pieces = triton.cdiv(inner, config.rows.block_n) * (config.rows.block_n // config.rows.piece)
+    dots = x.new_empty(pieces + (0 if b_down is None else _strips(x.shape[1])), slots, dtype=torch.float32)
     _activation_gradient(config.rows, rows, grad, w_down, pre, weights, order, activation, factors, dots, up_sums)
 
     grad_w_up, grad_w_down = x.new_empty(w_up.shape), x.new_empty(w_down.shape)
@@ -163,7 +117,7 @@ def expert_mlp_backward(
     if b_up is not None:
         _tile_sums(rows, up_sums, grad_b_up)
     if b_down is not None:
-        _row_sums(rows, grad, order, top_k, weights, b_down.contiguous(), dots[parts:], grad_b_down)
+        _row_sums(rows, grad, order, top_k, weights, b_down.contiguous(), dots[pieces:], grad_b_down)
     grad_weights = weights.new_empty(weights.shape)
     grid = (triton.cdiv(slots, 128),)
     sums.slot_sums_kernel[grid](dots, position, rows.end, grad_weights, dots.shape[0], slots, BLOCK=128)
@@ -177,7 +131,7 @@ def grouped_gemm_backward(
     slots = grad.shape[0]
     grad, a, b = (_adjacent(tensor) for tensor in (grad, a, b))
     gather = None if gather is None else gather.contiguous()
-    config = configuration(a.dtype, a.device, slots, b.shape[0])
+    config = gradients(a.dtype, slots, b.shape[0], a.device)
     rows = Rows(offsets.contiguous(), slots, config.rows.block_m)
 
     grad_b = a.new_empty(b.shape)
@@ -205,7 +159,7 @@ def _strips(width: int) -> int:
 
 
 def _activation_gradient(
-    config: Product,
+    config: Config,
     rows: Rows,
     grad: Tensor,
     w_down: Tensor,
@@ -240,14 +194,14 @@ def _activation_gradient(
         GATED=pre.shape[1] != inner,
         TOP_K=weights.shape[1],
         EXPERTS=padded_experts(rows.experts),
-        GROUP_M=GROUP_M,
-        PART=PART,
+        GROUP_M=config.group_m,
+        PIECE=config.piece,
         TMA=tma,
-        **config.launch,
+        **_launch(config),
     )
 
 
-def _input_gradient(config: Product, rows: Rows, left: Tensor, skip: int | None, matrices: Tensor, out: Tensor) -> None:
+def _input_gradient(config: Config, rows: Rows, left: Tensor, skip: int | None, matrices: Tensor, out: Tensor) -> None:
     """out[m] = left row times matrices[e]. With `skip`, left is stored by tile and starts at that column; without, it
     has the sorted rows, and `out` becomes zeros beyond the last offset."""
     _, depth, width = matrices.shape
@@ -268,14 +222,14 @@ def _input_gradient(config: Product, rows: Rows, left: Tensor, skip: int | None,
         matrices.stride(1),
         BY_TILE=by_tile,
         EXPERTS=padded_experts(rows.experts),
-        GROUP_M=GROUP_M,
+        GROUP_M=config.group_m,
         TMA=tma,
-        **config.launch,
+        **_launch(config),
     )
 
 
 def _weight_gradient(
-    config: Product,
+    config: Config,
     rows: Rows,
     left: Tensor,
     split: int | None,
@@ -319,7 +273,7 @@ def _weight_gradient(
         TILE_ROWS=rows.block_m,
         EXPERTS=experts,
         TMA=tma,
-        **config.launch,
+        **_launch(config),
     )
 
 
@@ -381,10 +335,15 @@ def _segment_sums(rows: Rows, of_rows: Tensor, members: Tensor, starts: Tensor |
     )
 
 
-def _stay(config: Product, rows: Rows, width: int, device: torch.device) -> tuple[int]:
+def _stay(config: Config, rows: Rows, width: int, device: torch.device) -> tuple[int]:
     """A grid of programs that stay, no more than there may be blocks."""
     blocks = rows.tiles * triton.cdiv(width, config.block_n)
     return (min(blocks, config.programs * multiprocessors(device)),)
+
+
+def _launch(config: Config) -> dict[str, int]:
+    blocks = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k}
+    return {**blocks, "num_warps": config.warps, "num_stages": config.stages}
 
 
 # ----------------------------------------------------------------------------------------------------------- operands

@@ -16,6 +16,14 @@ The rules (16-bit operands; r = rows per expert on average, which the host knows
   multiprocessors asks for 32 KiB.
 * float32 runs on the ordinary arithmetic units: 64 x 64.
 * Under the interpreter one small tile for everything: programs are slow there, not rows.
+
+The backward (`gradients`) follows rules of its own, for r >= 128 and below:
+
+* Gradients of rows: the same 128 x 256 blocks. Both kernels share BLOCK_M, because one stores by tile what the other
+  reads. The epilogue of the activation works on 32 columns at a time; with 64 the compiler spills registers.
+* r < 128: blocks of 64 x 64, so that E experts of few rows make enough programs to stream their matrices.
+* Gradients of matrices: 128 x 256 for any load, since their number of blocks does not depend on it. A row is found by
+  an index that has to arrive first, and Triton spends two of five stages on it: three buffers of 48 KiB remain.
 """
 
 from __future__ import annotations
@@ -86,8 +94,8 @@ BLOCKS = {
         Config(64, 128, 64, warps=4, stages=4, programs=2),
     ),
 }
-# Of one multiprocessor: multiply-adds of 16-bit numbers per cycle, by the data sheets, and bytes per cycle from L2, three
-# quarters of the 64 that its port is wide.
+# Of one multiprocessor: multiply-adds of 16-bit numbers per cycle, by the data sheets, and bytes per cycle from L2,
+# three quarters of the 64 that its port is wide.
 MULTIPLY_ADDS = {80: 1024, 90: 2048}
 L2_BYTES = 48
 
@@ -145,6 +153,27 @@ def candidates(product: Product, chip: int, multiprocessors: int) -> list[Config
 def path_of_table(chip: int) -> Path:
     """Where the measured configurations of a chip are."""
     return FOLDER / f"experts-sm_{chip}.json"
+
+
+class Gradients(NamedTuple):
+    """How the backward is launched: products that give a row for each row, and products over the rows."""
+
+    rows: Config
+    weights: Config
+
+
+def gradients(dtype: torch.dtype, rows: int, num_experts: int, device: torch.device) -> Gradients:
+    """The configurations of the backward for `rows` sorted rows; see the module docstring."""
+    many = rows >= 128 * num_experts
+    if INTERPRETED:
+        return Gradients(Config(64, 64, 64, 4, 1, piece=32), Config(64, 64, 64, 4, 1))
+    if dtype == torch.float32:
+        return Gradients(Config(64, 64, 16, 4, 2, programs=2, piece=32), Config(64, 64, 16, 4, 2))
+    if capability(device) >= 90:
+        few = Config(64, 64, 64, warps=4, stages=5, programs=2, piece=32)
+        return Gradients(Config(128, 256, 64, 8, 4, piece=32) if many else few, Config(128, 256, 64, 8, 5))
+    few = Config(64, 64, 32, warps=4, stages=5, programs=2, piece=32)
+    return Gradients(Config(128, 128, 32, 8, 4, piece=32) if many else few, Config(128, 128, 32, 8, 7))
 
 
 @cache

@@ -10,7 +10,7 @@ last tile up with zeros. So its readers need no row masks, whole tiles travel by
 expert's rows end the product over the token axis adds zeros instead of the next expert's rows.
 
 **Order of sums.** Every product adds its terms in ascending order in steps of BLOCK_K, whatever the other tile sizes;
-a row's gradient does not depend on how many rows there are. The column sums of a tile and the parts of <D, a> are
+a row's gradient does not depend on how many rows there are. The column sums of a tile and the pieces of <D, a> are
 stored and added up in a fixed order by `experts_sums.py`.
 
 bfloat16 and float16 go through the tensor cores; float32 is multiplied in IEEE arithmetic, because TF32 would be ten
@@ -22,7 +22,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from unif2ace.kernels.experts_activation import activation_gradient
+from unif2ace.kernels.experts_activation import activation_gradient, columns_of
 from unif2ace.kernels.experts_schedule import block_at, expert_rows, tile_count, tile_ends, tiles_before
 
 
@@ -51,19 +51,7 @@ def matrix_tile(
     return tile
 
 
-@triton.jit
-def columns_of(x, part: tl.constexpr, PARTS: tl.constexpr):
-    """Part `part` of the columns of x. Halving by reshape and split leaves every element in its thread."""
-    if PARTS > 1:
-        low, high = x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1).split()
-        if part < PARTS // 2:
-            x = columns_of(low, part, PARTS // 2)
-        else:
-            x = columns_of(high, part - PARTS // 2, PARTS // 2)
-    return x
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["experts", "slots"])  # they vary from call to call; each variant is compiled anew
 def activation_gradient_kernel(
     grad_ptr,  # G [T, hidden]
     w_down,  # [E, hidden, inner]
@@ -72,7 +60,7 @@ def activation_gradient_kernel(
     order_ptr,  # [M]
     offsets_ptr,  # [E + 1]
     factors_ptr,  # out [tiles * BLOCK_M, inner + columns of P]
-    dots_ptr,  # out [parts of inner, M] float32: <D, a> over PART columns
+    dots_ptr,  # out [pieces of inner, M] float32: <D, a> over PIECE columns
     sums_ptr,  # out [tiles, columns of P] float32: column sums of dP
     experts,
     slots,
@@ -89,7 +77,7 @@ def activation_gradient_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
-    PART: tl.constexpr,
+    PIECE: tl.constexpr,
     TMA: tl.constexpr,
 ):
     dtype = factors_ptr.dtype.element_ty
@@ -126,19 +114,20 @@ def activation_gradient_kernel(
             )
             acc = tl.dot(g, w, acc, input_precision="ieee")
 
-        # PART columns at a time: activation, slope and products of the whole tile would not fit into the registers.
+        # PIECE columns at a time: activation, slope and products of the whole tile would not fit into the registers.
         weight = tl.load(weights_ptr + slot, mask=live, other=0.0).to(tl.float32)[:, None]
-        for part in tl.static_range(BLOCK_N // PART):
-            grad_act = columns_of(acc, part, BLOCK_N // PART)
-            columns = column_tile * BLOCK_N + part * PART + tl.arange(0, PART)
+        PIECES: tl.constexpr = BLOCK_N // PIECE
+        for piece in tl.static_range(PIECES):
+            grad_act = columns_of(acc, piece, PIECES)
+            columns = column_tile * BLOCK_N + piece * PIECE + tl.arange(0, PIECE)
             exists = columns < inner
             inside = live[:, None] & exists[None, :]
             source = pre_ptr + first.to(tl.int64) * up_rows + (in_tile[:, None] * up_rows + columns[None, :])
             pre = tl.load(source, mask=inside, other=0.0).to(tl.float32)
             up = tl.load(source + inner, mask=inside, other=0.0).to(tl.float32) if GATED else pre
             act, grad_pre, grad_up = activation_gradient(pre, up, grad_act, ACTIVATION)
-            # One row of `dots` per part: a sum carried from part to part would cost the registers that spill.
-            dots = dots_ptr + (column_tile * (BLOCK_N // PART) + part).to(tl.int64) * slots + rows
+            # One row of `dots` per piece: a sum carried from piece to piece would cost the registers that spill.
+            dots = dots_ptr + (column_tile * PIECES + piece).to(tl.int64) * slots + rows
             tl.store(dots, tl.sum(grad_act * act, 1), mask=live)
             # Rows beyond `end` have weight 0 and pre-activation 0: they become the zeros of the padding.
             out = factors_ptr + (tile * BLOCK_M).to(tl.int64) * width + (in_tile[:, None] * width + columns[None, :])
@@ -153,7 +142,7 @@ def activation_gradient_kernel(
                 tl.store(sums + inner, tl.sum(grad_up, 0), mask=exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["experts", "slots"])
 def input_gradient_kernel(
     left,  # BY_TILE: factors [tiles * BLOCK_M, ..], of which columns from `skip` on count; else sorted rows [M, depth]
     matrices,  # [E, depth, width]
@@ -203,7 +192,7 @@ def input_gradient_kernel(
         tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=live[:, None] & (columns < width)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["experts", "slots"])
 def weight_gradient_kernel(
     left,  # BY_TILE: factors [tiles * BLOCK_M, split + ..]; else sorted rows [M, ..]
     first_ptr,  # rows that meet the left columns below `split`

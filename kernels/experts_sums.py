@@ -17,7 +17,7 @@ import triton.language as tl
 from unif2ace.kernels.experts_schedule import block_at, tile_count, tile_ends, tiles_before
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["experts"])
 def experts_by_load_kernel(offsets_ptr, by_load_ptr, experts, EXPERTS: tl.constexpr):
     """One program: the experts by number of rows, largest first, equals by id."""
     ids = tl.arange(0, EXPERTS)
@@ -30,7 +30,7 @@ def experts_by_load_kernel(offsets_ptr, by_load_ptr, experts, EXPERTS: tl.conste
     tl.store(by_load_ptr + rank, ids, mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["experts", "slots"])
 def row_sums_kernel(
     source_ptr,  # [.., width]
     index_ptr,  # [M] or None: sorted row m reads source row index[m] // TOP_K
@@ -67,7 +67,7 @@ def row_sums_kernel(
         tl.store(sums_ptr + tile.to(tl.int64) * width + columns, tl.sum(x, 0), mask=columns < width)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["experts", "slots"])
 def tile_sums_kernel(
     sums_ptr,  # [tiles of TILE_ROWS rows, width]
     offsets_ptr,
@@ -94,7 +94,7 @@ def tile_sums_kernel(
     tl.store(out, tl.sum(total, 0).to(out_ptr.dtype.element_ty), mask=columns < width)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots"])
 def slot_sums_kernel(parts_ptr, position_ptr, total_ptr, out_ptr, parts, slots, BLOCK: tl.constexpr):
     """out[s] = sum over j of parts[j, position[s]]; zero where that row is beyond the last offset, `total_ptr[0]`."""
     slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

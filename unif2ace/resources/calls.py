@@ -44,10 +44,16 @@ def _experts() -> Iterator[Call]:
             label = f"{load}, {activation}"
             yield Call(f"{label}, saved", "expert_mlp", (*plan, *biases, activation, True))
             yield Call(label, "expert_mlp", (*plan, None, None, activation, False))
+            if load in ("training", "decoding"):  # the backward knows many rows and few
+                saved = (x, x, _meta(slots, up_rows, dtype=dtype), *plan[1:])  # gradient of y, x, pre-activation, ..
+                yield Call(label, "expert_mlp_backward", (*saved, *biases, activation))
         for rows in (32768, 64):
             a, b, index = _meta(rows, hidden, dtype=dtype), w_up, _meta(rows, dtype=torch.int32)
             yield Call(f"{rows} rows", "grouped_gemm", (a, b, offsets, None, None))
             yield Call(f"{rows} rows gathered", "grouped_gemm", (a, b, offsets, None, index))
+            grad, bias = _meta(rows, b.shape[1], dtype=dtype), _meta(*b.shape[:2], dtype=dtype)
+            yield Call(f"{rows} rows", "grouped_gemm_backward", (grad, a, b, offsets, bias, None))
+            yield Call(f"{rows} rows gathered", "grouped_gemm_backward", (grad, a, b, offsets, bias, index))
     yield from _tuned_experts()
 
 
