@@ -104,16 +104,19 @@ def grouped_product(
     parts = 2 if activation in GATED else 1
     product = experts_config.Product(a.dtype, rows, num_experts, width, depth, parts, index is not None)
     config = config or experts_config.choose(product, a.device)
-    blocks = max_tiles(rows, num_experts, config.block_m) * triton.cdiv(width, config.block_n)
+    blocks = (1 + config.split) * max_tiles(rows, num_experts, config.block_m) * triton.cdiv(width, config.block_n)
     tma_a = index is None and _takes_tma(a)
     tma_b = _takes_tma(b) and (parts == 1 or b.stride(0) == 2 * width * b.stride(1))  # gate and up as matrices of equal
+    matrices = halves = b
     if tma_b:  # distance: [E * parts, width, depth]
         shape = [num_experts * parts, width, depth]
         strides = [b.stride(0) // parts, b.stride(1), 1]
         matrices = TensorDescriptor(b, shape, strides, [parts, config.block_n, config.block_k])
+        halves = TensorDescriptor(b, shape, strides, [parts, config.block_n // 2, config.block_k])
     grouped_product_kernel[(min(blocks, config.programs * multiprocessors(a.device)),)](
         TensorDescriptor(a, [*a.shape], [*a.stride()], [config.block_m, config.block_k]) if tma_a else a,
-        matrices if tma_b else b,
+        matrices,
+        halves,
         bias,
         out,
         pre,
@@ -138,11 +141,12 @@ def grouped_product(
         TMA_B=tma_b,
         SWAP=config.swap,
         FLATTEN=config.flatten,
+        SPLIT=config.split,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
         GROUP_M=config.group_m,
-        PIECE=min(config.piece, config.block_n),
+        PIECE=min(config.piece, config.block_n // (1 + config.split)),
         num_warps=config.warps,
         num_stages=config.stages,
     )
