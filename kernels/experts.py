@@ -13,19 +13,20 @@ expert's result to the dtype of x before it sums in float32, and 32-bit rows wou
 Cost on an H200 in bfloat16 (790 TFLOP/s of a dense product, 4.3 TB/s of a copy; both measured, elsewhere than here).
 FLOPs 2 M H (I_up + I); memory: x, y, the matrices of experts with rows, act twice, down twice.
 
-| T, H, I, E, K, activation | FLOPs | bytes | floor of launches 1 + 2, of 3 | expected |
-|---|---|---|---|---|
-| 8192, 2048, 1024, 16, 2, gelu | 137 G | 0.40 GB | 174 + 23 us | 535 TFLOP/s |
-| 8192, 2048, 512, 16, 4, gelu | 137 G | 0.47 GB | 174 + 39 us | 500 TFLOP/s |
-| 8192, 2048, 768, 16, 8, swiglu | 618 G | 1.0 GB | 783 + 70 us | 560 TFLOP/s |
-| 24576, 1536, 1024, 32, 2, swiglu | 464 G | 1.0 GB | 587 + 53 us | 545 TFLOP/s |
-| 512, 2048, 1024, 16, 2, gelu | 8.6 G | 0.15 GB | 34 us | 80 % of the copy's speed |
-| 64, 2048, 512, 16, 4, gelu | 1.1 G | 69 MB | 16 us | 80 % |
-| 1, 2048, 512, 16, 4, gelu | 17 M | 17 MB | 3.9 us | launches: three times 2 us |
+| T, H, I, E, K, activation | FLOPs | bytes | floor of 1 + 2, of 3 | rounds of 1, 2 | expected |
+|---|---|---|---|---|---|
+| 8192, 2048, 1024, 16, 2, gelu | 137 G | 0.40 GB | 174 + 23 us | 4.5, 8.5 | 540 TFLOP/s |
+| 8192, 2048, 512, 16, 4, gelu | 137 G | 0.47 GB | 174 + 39 us | 4 to 4.5, 16 to 16.5 | 510 TFLOP/s |
+| 8192, 2048, 768, 16, 8, swiglu | 618 G | 0.96 GB | 783 + 70 us | 24, 32 | 560 TFLOP/s |
+| 24576, 1536, 1024, 32, 2, swiglu | 464 G | 0.96 GB | 587 + 53 us | 24.5, 18.5 | 560 TFLOP/s |
+| 512, 2048, 1024, 16, 2, gelu | 8.6 G | 0.15 GB | 34 + 2 us | under one | 80 % of the copy's speed |
+| 64, 2048, 512, 16, 4, gelu | 1.1 G | 70 MB | 16 us | under one | 80 % |
+| 1, 2048, 512, 16, 4, gelu | 17 M | 17 MB | 3.9 us | under one | three launches of about 2 us |
 
-Expected for many rows is 600 TFLOP/s in the products (blocks of 128 x 256 without clusters ask L2 for three quarters of
-what it can deliver; the epilogue is not hidden) and 95 % of the copy's speed in the sum. What that leaves on the table
-is in launch 3: K + 1 rows of H per token that no product hides.
+Expected for many rows is 600 TFLOP/s in the products, three quarters of what a dense product reaches: blocks of 128 x
+256 without clusters ask L2 for three quarters of what a multiprocessor can get, epilogues of launch 1 are not hidden,
+and programs work in rounds of one block each (132 blocks on an H200; balanced loads assumed). And 95 % of the copy's
+speed in launch 3, which is what this form leaves on the table: K + 1 rows of H per token that no product hides.
 
 Inputs may have any strides: the products and the sum take them. TMA needs 16-byte multiples and adjacent columns; where
 that fails, or below Hopper, the same kernels load through pointers. Only the index vectors are made contiguous.
