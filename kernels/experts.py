@@ -51,7 +51,7 @@ GATED = ("swiglu", "geglu")
 def grouped_gemm(a: Tensor, b: Tensor, offsets: Tensor, bias: Tensor | None, gather: Tensor | None) -> Tensor:
     """See `unif2ace.ops.grouped_gemm`."""
     out = a.new_empty(a.shape[0] if gather is None else gather.shape[0], b.shape[1])
-    _product(a, b, bias, offsets, gather, out, rest=True)
+    grouped_product(a, b, bias, offsets, gather, out, rest=True)
     return out
 
 
@@ -73,13 +73,14 @@ def expert_mlp(
     pre = x.new_empty(slots if save else 0, w_up.shape[1])
     act, down, y = x.new_empty(slots, inner), x.new_empty(slots, x.shape[1]), x.new_empty(x.shape)
     saved = pre if save else None
-    _product(x, w_up, b_up, offsets, order, act, saved, top_k=weights.shape[1], activation=activation, rest=save)
-    _product(act, w_down, b_down, offsets, None, down)
+    top_k = weights.shape[1]
+    grouped_product(x, w_up, b_up, offsets, order, act, saved, top_k=top_k, activation=activation, rest=save)
+    grouped_product(act, w_down, b_down, offsets, None, down)
     _combine(down, weights, position, offsets, y)
     return y, pre
 
 
-def _product(
+def grouped_product(
     a: Tensor,
     b: Tensor,
     bias: Tensor | None,
@@ -91,14 +92,18 @@ def _product(
     top_k: int = 1,
     activation: str = "none",
     rest: bool = False,
+    config: experts_config.Config | None = None,
 ) -> None:
-    """out[m] = activation(b[e] a[index[m] // top_k] + bias[e]); with `rest` also zeros for the rows of no expert."""
+    """out[m] = activation(b[e] a[index[m] // top_k] + bias[e]), and what is in the brackets into `pre`.
+
+    With `rest` also zeros for the rows of no expert. `config` is given only to measure it.
+    """
     (rows, width), (num_experts, _, depth) = out.shape, b.shape
     if out.numel() == 0:
         return
     parts = 2 if activation in GATED else 1
     product = experts_config.Product(a.dtype, rows, num_experts, width, depth, parts, index is not None)
-    config = experts_config.choose(product, a.device)
+    config = config or experts_config.choose(product, a.device)
     blocks = max_tiles(rows, num_experts, config.block_m) * triton.cdiv(width, config.block_n)
     tma_a = index is None and _takes_tma(a)
     tma_b = _takes_tma(b) and (parts == 1 or b.stride(0) == 2 * width * b.stride(1))  # gate and up as matrices of equal

@@ -1,20 +1,19 @@
 """How the grouped products of `experts` are launched: tile sizes and pipelines, by rules and by measured tables.
 
-`choose` looks a product up in the table of the chip, `tuning/experts-sm_90.json` and so on, and where no table knows it
-follows the rules below. Nothing is tuned while a program runs; `unif2ace bench experts --tune` measures `candidates` on
-the GPU at hand and writes the table.
+`choose` looks a product up in the table of the chip, `tuning/experts-sm_90.json` for Hopper, and where that does not
+know it follows the rules below. Nothing is tuned while a program runs; `unif2ace bench experts --tune` measures
+`candidates` on the GPU at hand and writes the table.
 
 The rules (16-bit operands; r = rows per expert on average, which the host knows, as it does not know the offsets):
 
-* r > 64, Hopper: blocks of 128 x 256, the largest whose accumulator two warpgroups hold (128 registers per thread).
-  Per step of 64 a block reads 48 KiB from L2 for 1024 cycles of tensor cores, 48 bytes per cycle of the 64 that a
-  multiprocessor can get; 128 x 128 would need all 64. Four stages of 48 KiB fill the 227 KiB of shared memory.
-* r <= 64: the matrices' bytes decide. Blocks of 64 rows, several programs per multiprocessor, so that one loads while
-  another multiplies or stores.
-* r <= 32: `swap`, 64 (gated 2 x 64) rows of the matrix times 16 or 32 tokens. In flight per multiprocessor are
-  two or three programs times three or four stages of 16 KiB; 4.3 TB/s times 1 us of latency over 132 multiprocessors
-  asks for 32 KiB.
-* A100 has no wgmma and 163 KiB: 128 x 128, in steps of 32.
+* r > 32: of the shapes of `BLOCKS` the one that `_cycles` expects to be done first. Large blocks load less: per step of
+  64, a block of 128 x 256 reads 48 KiB from L2 for 1024 cycles of Hopper's tensor cores, one of 128 x 128 reads 32 KiB
+  for 512 cycles. But programs work in rounds, one block each, and the last round takes as long as a full one: 33 blocks
+  of 128 x 256 on 132 multiprocessors take longer than 66 of half the size. 128 x 256 is as large as accumulators of two
+  warpgroups can be (128 registers per thread); four stages of it fill the 227 KiB of shared memory.
+* r <= 32: reading the matrices is all there is. `swap`, 64 (gated 2 x 64) rows of the matrix times 16 or 32 tokens. In
+  flight per multiprocessor are two programs times three stages of 16 KiB; 4.3 TB/s times a latency of 1 us over 132
+  multiprocessors asks for 32 KiB.
 * float32 runs on the ordinary arithmetic units: 64 x 64.
 * Under the interpreter one small tile for everything: programs are slow there, not rows.
 
@@ -30,6 +29,7 @@ The backward (`gradients`) follows rules of its own, for r >= 128 and below:
 from __future__ import annotations
 
 import json
+import math
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -37,7 +37,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from unif2ace.kernels._device import INTERPRETED, capability
+from unif2ace.kernels._device import INTERPRETED, capability, multiprocessors
 
 FOLDER = Path(__file__).parent / "tuning"
 
@@ -57,6 +57,17 @@ class Config(NamedTuple):
     flatten: bool = False
 
 
+class Key(NamedTuple):
+    """Under what a table files a configuration; loads are rounded up to powers of two, so that close ones share it."""
+
+    bits: int
+    gather: bool
+    rows_per_expert: int
+    parts: int
+    width: int
+    depth: int
+
+
 class Product(NamedTuple):
     """What a configuration is chosen for: `rows` by `parts` matrices of `width` x `depth` for each expert."""
 
@@ -69,67 +80,79 @@ class Product(NamedTuple):
     gather: bool
 
     @property
-    def rows_per_expert(self) -> int:
-        """Rounded up to a power of two: close loads share an entry of the table."""
-        return triton.next_power_of_2(max(1, -(-self.rows // self.num_experts)))
+    def key(self) -> Key:
+        load = triton.next_power_of_2(max(1, -(-self.rows // self.num_experts)))
+        return Key(8 * self.dtype.itemsize, self.gather, load, self.parts, self.width, self.depth)
 
-    @property
-    def key(self) -> str:
-        """Its name in a table."""
-        kind = "gather" if self.gather else "rows"
-        bits = 8 * self.dtype.itemsize
-        return f"{bits}-bit {kind} {self.rows_per_expert} x {self.parts} x {self.width} x {self.depth}"
+
+# Block shapes of a chip, largest first; `block_n` counts gate and up.
+BLOCKS = {
+    80: (Config(128, 128, 32, warps=8, stages=4, programs=2), Config(64, 128, 32, warps=4, stages=4, programs=2)),
+    90: (
+        Config(128, 256, 64, warps=8, stages=4),
+        Config(128, 128, 64, warps=8, stages=5),
+        Config(64, 128, 64, warps=4, stages=4, programs=2),
+    ),
+}
+# Of one multiprocessor: multiply-adds of 16-bit numbers per cycle, by the data sheets, and bytes per cycle from L2,
+# three quarters of the 64 that its port is wide.
+MULTIPLY_ADDS = {80: 1024, 90: 2048}
+L2_BYTES = 48
 
 
 def choose(product: Product, device: torch.device) -> Config:
     """The table's configuration, or else that of the rules."""
-    chip = capability(device)
-    return table(FOLDER / f"experts-sm_{chip}.json").get(product.key) or rules(product, chip)
+    chip = chip_of(device)
+    return table(path_of_table(chip)).get(product.key) or rules(product, chip, multiprocessors(device))
 
 
-def rules(product: Product, chip: int) -> Config:
+def chip_of(device: torch.device) -> int:
+    """The chip whose rules and table hold: a key of `BLOCKS`, the newest that is not newer than the device."""
+    return max((chip for chip in BLOCKS if chip <= capability(device)), default=min(BLOCKS))
+
+
+def rules(product: Product, chip: int, multiprocessors: int) -> Config:
     """See the module docstring."""
-    block_n = 1 if product.parts == 1 else 2  # of a gated product, gate and up share the block
+    rows, split = product.key.rows_per_expert, product.parts
     if INTERPRETED:
         return Config(64, 64, 64, warps=4, stages=1)
     if product.dtype == torch.float32:
-        return Config(64, 64 // block_n, 16, warps=4, stages=2, programs=2)
-    rows = product.rows_per_expert
+        return Config(64, 64 // split, 16, warps=4, stages=2, programs=2)
     if rows <= 32:
-        block_m = 16 if rows <= 8 else 32
-        return Config(block_m, 64, 128 // block_n, warps=4, stages=4, programs=2, swap=True)
-    if chip >= 90:
-        if rows <= 64:
-            return Config(64, 128 // block_n, 64, warps=4, stages=4, programs=2)
-        if product.gather:
-            return Config(128, 256 // block_n, 64, warps=8, stages=4)
-        return Config(128, 256 // block_n, 64, warps=8, stages=4, piece=64, flatten=True)
-    if rows <= 64:
-        return Config(64, 128 // block_n, 32, warps=4, stages=4, programs=2)
-    return Config(128, 128 // block_n, 32, warps=8, stages=4, programs=2)
+        return Config(16 if rows <= 8 else 32, 64, 128 // split, warps=4, stages=4, programs=2, swap=True)
+    config = min(BLOCKS[chip], key=lambda config: _cycles(config, product, chip, multiprocessors))
+    if chip >= 90 and not product.gather:
+        config = config._replace(piece=64, flatten=True)
+    return config._replace(block_n=config.block_n // split)
 
 
-def candidates(product: Product, chip: int) -> list[Config]:
-    """Configurations worth measuring, that of the rules first."""
-    split = product.parts
-    found = [rules(product, chip)]
-    if product.rows_per_expert <= 64:
-        found += [
-            Config(block_m, block_n, block_k // split, warps=4, stages=stages, programs=programs, swap=True)
-            for block_m in (16, 32, 64)
-            for block_n, block_k, programs in ((64, 128, 3), (64, 256, 2), (128, 128, 2))
-            for stages in (3, 4)
-        ]
-    if product.rows_per_expert > 32:
-        shapes = [(64, 128, 64, 4, 4, 2), (64, 256, 64, 4, 4, 1), (128, 128, 64, 4, 3, 2), (128, 128, 64, 8, 4, 1)]
-        shapes += [(128, 256, 64, 8, 3, 1), (128, 256, 64, 8, 4, 1), (256, 128, 64, 8, 3, 1), (256, 128, 64, 8, 4, 1)]
-        found += [
-            Config(m, n // split, k, warps, stages, programs, group_m=group, flatten=flatten)
-            for m, n, k, warps, stages, programs in shapes
-            for group in (4, 8, 16)
-            for flatten in ((False,) if product.gather else (False, True))
-        ]
+def _cycles(config: Config, product: Product, chip: int, multiprocessors: int) -> float:
+    """Of all blocks, for each step of 64: on average the last tile of an expert is half full."""
+    tiles = product.rows / config.block_m + product.num_experts / 2
+    blocks = tiles * triton.cdiv(product.parts * product.width, config.block_n)
+    multiply = 64 * config.block_m * config.block_n / MULTIPLY_ADDS[chip]
+    load = 64 * product.dtype.itemsize * (config.block_m + config.block_n) / L2_BYTES
+    return math.ceil(blocks / multiprocessors) * max(multiply, load)
+
+
+def candidates(product: Product, chip: int, multiprocessors: int) -> list[Config]:
+    """Configurations worth measuring, that of the rules first; some may want more than the chip has."""
+    found, split = [rules(product, chip, multiprocessors)], product.parts
+    if product.key.rows_per_expert <= 64:
+        for block_m in (16, 32, 64):
+            for block_n, block_k, programs in ((64, 128, 3), (64, 256, 2), (128, 128, 2)):
+                found.append(Config(block_m, block_n, block_k // split, 4, 4, programs, swap=True))
+    if product.key.rows_per_expert > 32:
+        more = [(64, 256, 64, 4, 4, 1), (128, 128, 64, 4, 3, 2), (128, 256, 64, 8, 3, 1), (256, 128, 64, 8, 4, 1)]
+        for config in (*BLOCKS[chip], *(Config(*sizes) for sizes in more)):
+            config = config._replace(block_n=config.block_n // split)
+            found += [config] if product.gather else [config, config._replace(piece=64, flatten=True)]
     return list(dict.fromkeys(found))
+
+
+def path_of_table(chip: int) -> Path:
+    """Where the measured configurations of a chip are."""
+    return FOLDER / f"experts-sm_{chip}.json"
 
 
 class Gradients(NamedTuple):
@@ -154,8 +177,8 @@ def gradients(dtype: torch.dtype, rows: int, num_experts: int, device: torch.dev
 
 
 @cache
-def table(path: Path) -> dict[str, Config]:
-    """The configurations of a file by `Product.key`; none where there is no file."""
+def table(path: Path) -> dict[Key, Config]:
+    """The configurations of a file; none where there is no file."""
     if not path.is_file():
         return {}
-    return {entry["product"]: Config(**entry["config"]) for entry in json.loads(path.read_text())["entries"]}
+    return {Key(**entry["product"]): Config(**entry["config"]) for entry in json.loads(path.read_text())["entries"]}

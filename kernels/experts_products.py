@@ -89,12 +89,12 @@ def grouped_product_kernel(
             source = tl.minimum(row, end - 1)
             if index_ptr is not None:
                 source = tl.load(index_ptr + source) // TOP_K
-            a_places = _wide(source, WIDE_A)[:, None] * stride_a_row + (ks * stride_a_k)[None, :]
+            a_places = _wide(source, WIDE_A)[:, None] * stride_a_row + (_wide(ks, WIDE_A) * stride_a_k)[None, :]
         if not TMA_B:
             n = tl.arange(0, PARTS * BLOCK_N)
             b_row = n // BLOCK_N * width + tl.minimum(column + n % BLOCK_N, width - 1)
             matrix = b + expert.to(tl.int64) * stride_b_expert
-            b_places = _wide(b_row, WIDE_B)[:, None] * stride_b_row + (ks * stride_b_k)[None, :]
+            b_places = _wide(b_row, WIDE_B)[:, None] * stride_b_row + (_wide(ks, WIDE_B) * stride_b_k)[None, :]
 
         acc = tl.zeros((PARTS * BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, PARTS * BLOCK_N), tl.float32)
         terms = tl.where(expert < num_experts, depth, 0) if REST else depth
@@ -144,7 +144,7 @@ def grouped_product_kernel(
 
 @triton.jit
 def _wide(number, WIDE: tl.constexpr):
-    return number.to(tl.int64) if WIDE else number
+    return tl.cast(number, tl.int64) if WIDE else number
 
 
 @triton.jit(do_not_specialize=["tokens", "num_experts"])

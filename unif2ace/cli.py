@@ -214,6 +214,9 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "--backends", type=_listed, default=[], metavar="A,B", help="which to time (default: all that run here)"
     )
+    bench.add_argument(
+        "--tune", action="store_true", help="experts on a GPU: measure launch configurations, write kernels/tuning/"
+    )
     bench.add_argument("--trace", metavar="FILE", help="write a Chrome trace with one run of everything timed")
     bench.add_argument("--device", help="cpu or cuda (default: cuda where there is one; for an op: cpu)")
     _machine(bench)
