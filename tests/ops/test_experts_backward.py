@@ -23,7 +23,7 @@ if "triton" not in available_backends("experts"):
     pytest.skip("Triton kernels cannot run on this device", allow_module_level=True)
 
 from unif2ace.kernels import _device, experts_backward, experts_sums
-from unif2ace.kernels.experts_config import Config, Gradients
+from unif2ace.kernels.experts_config import Config
 
 NAMES = ("x", "weights", "w_up", "w_down", "b_up", "b_down")
 
@@ -60,8 +60,11 @@ def backward(
 
 
 @contextlib.contextmanager
-def launched_with(rows: Config, weights: Config) -> Iterator[None]:
-    with mock.patch.object(experts_backward, "gradients", return_value=Gradients(rows, weights)):
+def launched_with(rows: Config, matrices: Config) -> Iterator[None]:
+    with (
+        mock.patch.object(experts_backward, "row_gradients", side_effect=lambda products, _: [rows] * len(products)),
+        mock.patch.object(experts_backward, "matrix_gradient", return_value=matrices),
+    ):
         yield
 
 
