@@ -19,7 +19,8 @@ and is all of `grouped_gemm` and both products of `expert_mlp`. What makes it fa
 * FLATTEN makes one loop of blocks and steps: the copy engine fetches the next block's operands during this epilogue.
   Without effect where the number of steps varies (REST), and of no use for gathered rows (it spills).
 
-Sums are in float32 over k in ascending order, whatever the tile sizes: a row does not depend on the rows around it.
+Sums are in float32 over k in ascending order, by the same instructions whatever the tile sizes and whichever operand is
+on the left: a row does not depend on the rows around it.
 float32 operands are multiplied in IEEE arithmetic, because TF32 has ten bits where the reference has 23.
 
 **combine_kernel** computes y_t = sum_k weights[t, k] * rows[position[t * K + k]] in float32, k = 0, 1, ..: each token
