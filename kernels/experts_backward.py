@@ -1,44 +1,52 @@
-"""Backward of the ops `experts`: the gradients of `grouped_gemm` and `expert_mlp`.
+"""Backward of the ops of `experts` on a GPU: the gradients of `grouped_gemm` and `expert_mlp`.
 
 With G the gradient of y in the sorted rows (row m: that of token order[m] // K), w the routing weights of those rows,
 P the saved pre-activation and a = act(P), for the rows of each expert:
 
-    D    = G W_down                          gradient of a, before weighting
-    dP   = w D act'(P)                       gated: dP = w D (up gate'(P_gate)) | w D gate(P_gate)
-    dw   = <D, a> + <G, b_down>              the same as <G, W_down a + b_down>, without the down projection again
-    R    = dP W_up,   dx_t = sum over k of the rows R of token t
-    dW_down = G^T (w a),   db_down = column sums of w G
-    dW_up   = dP^T X,      db_up   = column sums of dP
+    D       = G W_down                   the gradient of a, before weighting
+    dP      = w D act'(P)                gated, a = f(p) u: w D f'(p) u and w D f(p), in the order of P
+    dw      = <D, a> + <G, b_down>       the same as <G, W_down a + b_down> without computing the down projection again
+    R       = dP W_up                    dx_t = the sum of the K rows of token t
+    dW_down = G^T (w a)                  db_down = column sums of w G
+    dW_up   = dP^T X                     db_up   = column sums of dP
 
-Kept from the forward: x, P and the plan. Nothing gathered is ever stored: G and X are read through the index.
+Kept from the forward: x, P and the plan. Gathered rows are never stored: G and X are read through the index.
 
-| launch | kernel | reads + writes |
+| launch | does | reads; writes |
 |---|---|---|
-| 1 | tiles of the experts, experts by load | offsets |
-| 2 | D and its epilogue -> `factors` = [w a, dP], parts of dw, column sums of dP | G, W_down, P; factors |
+| 1 | experts by load | offsets |
+| 2 | D; in its epilogue `factors` = [w a, dP], pieces of <D, a>, column sums of tiles of dP | G, W_down, P; factors |
 | 3 | both weight gradients | factors, G, X; dW_down, dW_up |
 | 4 | R | dP, W_up; R |
-| 5 | dx, a sum of K rows | R; dx |
-| 6 | dw, a sum of parts | little |
-| 7-9 | with biases: column sums of w G and <G, b_down>; sums over tiles | G |
+| 5 | dx, by the kernel that ends the forward | R; dx |
+| 6 | dw from its pieces | 1 / 16 of P |
+| 7 | b_up: sums over tiles | 1 / 64 of P |
+| 8, 9 | b_down: column sums of w G and <G, b_down> per tile; sums over tiles | G |
 
-Cost: 4 M H (I_up + I) FLOPs, twice the forward. At T = 8192, H = 2048, I = 512, E = 16, K = 4 (M = 32768 slots) that is
-275 GFLOP, 348 us at 790 TFLOP/s (a dense bfloat16 product on an H200). Memory, every array once and the gathered rows
-from L2: G and X 67 MB, P 34 MB, factors 67 MB written and read twice, weights and their gradients 134 MB, R 134 MB
-written and read, dx 34 MB: 740 MB, 172 us at 4.3 TB/s, of which R and dx (302 MB, 70 us) and the sums are not hidden
-behind products. So the floor of this form is about 425 us, 650 TFLOP/s; expected are 70 to 80 % of that: products
-at 600 TFLOP/s and the sums on top give 530 us, 520 TFLOP/s.
+Cost: 4 M H (I_up + I) FLOPs, twice the forward. On an H200 in bfloat16 (790 TFLOP/s of a dense product, 4.3 TB/s of a
+copy; both measured, elsewhere than here), without biases:
 
-**Uneven loads.** A tile of a weight gradient costs as much as its expert has rows. Both weight gradients are one
-launch with a plain grid, the tiles of the expert with most rows first: the hardware hands a free multiprocessor the
-longest of what is left. With n tiles per expert on S multiprocessors the longest tile does not outlast the average
-program as long as no expert has more than n / S of all rows: n = 64 for I = 512 (128 x 256 tiles), so up to half of
-all rows on an H200, and all of them from I = 1024 on. That is why the token axis is not split: partial weight
-gradients in float32 would cost E * H * (I_up + I) * 4 bytes of memory and one more pass for a case that order alone
-covers.
+| T, H, I, E, K, activation | FLOPs | bytes | floor of launches 2 - 4, of 5 | expected |
+|---|---|---|---|---|
+| 8192, 2048, 1024, 16, 2, gelu | 275 G | 0.74 GB | 348 + 23 us | 545 TFLOP/s, 0.73 of the floor |
+| 8192, 2048, 512, 16, 4, gelu | 275 G | 0.74 GB | 348 + 39 us | 525 TFLOP/s, 0.74 |
+| 8192, 2048, 768, 16, 8, swiglu | 1.24 T | 2.2 GB | 1570 + 70 us | 560 TFLOP/s, 0.74 |
+| 24576, 1536, 1024, 32, 2, swiglu | 0.93 T | 2.1 GB | 1170 + 53 us | 560 TFLOP/s, 0.74 |
 
-Same inputs, same bits: no atomics, sums in an order that depends on the shape, for biases and weight gradients on the
-load, and for rows (dx, dw) on neither the load nor the number of rows.
+Expected are 620 TFLOP/s in launch 3, 600 in launch 4 and, because nothing hides its epilogue, 510 in launch 2; 95 % of
+the copy's speed in launch 5. Launch 8 adds about 25 us to the second line: it reads G once from memory, K times from
+L2. Memory while it runs: `factors` and R, M (I_up + I + H) elements.
+
+**Uneven loads.** A block of a weight gradient costs as much as its expert has rows. Both weight gradients are one
+launch with a plain grid, the blocks of the expert with most rows first: the hardware hands a free multiprocessor the
+longest that is left. With n blocks per expert and S multiprocessors, the longest block does not outlast the average
+multiprocessor as long as no expert has more than n / S of all rows. For H = 2048, I = 512 and blocks of 128 x 256 n is
+64: up to half of all rows on an H200, and from I = 1024 on all of them. That is why the token axis is not split: parts
+of the gradients in float32 would take E H (I_up + I) * 4 bytes and one more pass, for loads that the order alone covers.
+
+Same inputs, same bits: no atomics. Sums over rows (weights, biases) depend in their order on the loads; those of a row
+(dx, dw) on neither the loads nor the number of rows. `w a` and dP are rounded to the dtype of x, as the reference
+rounds w G and dP; D, <D, a> and all sums stay in float32.
 """
 
 from __future__ import annotations
@@ -99,10 +107,10 @@ def expert_mlp_backward(
     grad, x, w_up, w_down = (_adjacent(tensor) for tensor in (grad, x, w_up, w_down))
     pre, weights, order, position = (tensor.contiguous() for tensor in (pre, weights, order, position))
     (experts, up_rows, hidden), dtype = w_up.shape, x.dtype
-    needed = (
-        Product(dtype, slots, experts, inner, hidden, 1, True),
-        Product(dtype, slots, experts, hidden, up_rows, 1, False),
-    )
+    needed = [
+        Product(dtype, slots, experts, inner, hidden, 1, gather=True),
+        Product(dtype, slots, experts, hidden, up_rows, 1, gather=False),
+    ]
     first, second = row_gradients(needed, x.device)
     rows = Rows(offsets.contiguous(), slots, first.block_m)
 
@@ -138,7 +146,7 @@ def grouped_gemm_backward(
     grad, a, b = (_adjacent(tensor) for tensor in (grad, a, b))
     gather = None if gather is None else gather.contiguous()
     experts, width, depth = b.shape
-    (config,) = row_gradients([Product(a.dtype, slots, experts, depth, width, 1, False)], a.device)
+    (config,) = row_gradients([Product(a.dtype, slots, experts, depth, width, 1, gather=False)], a.device)
     rows = Rows(offsets.contiguous(), slots, config.block_m)
 
     grad_b = a.new_empty(b.shape)
