@@ -39,9 +39,9 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from unif2ace.kernels import experts_config
-from unif2ace.kernels._device import INTERPRETED, capability, multiprocessors
+from unif2ace.kernels._device import multiprocessors
 from unif2ace.kernels.experts_backward import expert_mlp_backward, grouped_gemm_backward
-from unif2ace.kernels.experts_products import combine_kernel, grouped_product_kernel
+from unif2ace.kernels.experts_products import combine, grouped_product_kernel
 from unif2ace.kernels.experts_schedule import max_tiles, padded_experts
 
 __all__ = ["expert_mlp", "expert_mlp_backward", "grouped_gemm", "grouped_gemm_backward"]
@@ -77,7 +77,7 @@ def expert_mlp(
     top_k = weights.shape[1]
     grouped_product(x, w_up, b_up, offsets, order, act, saved, top_k=top_k, activation=activation, rest=save)
     grouped_product(act, w_down, b_down, offsets, None, down)
-    _combine(down, weights, position, offsets, y)
+    combine(down, weights, position, offsets, y)
     return y, pre
 
 
@@ -106,10 +106,11 @@ def grouped_product(
     product = experts_config.Product(a.dtype, rows, num_experts, width, depth, parts, index is not None)
     config = config or experts_config.choose(product, a.device)
     blocks = (1 + config.split) * max_tiles(rows, num_experts, config.block_m) * triton.cdiv(width, config.block_n)
-    tma_a = index is None and _takes_tma(a)
-    tma_b = _takes_tma(b) and (parts == 1 or b.stride(0) == 2 * width * b.stride(1))  # gate and up as matrices of equal
+    tma_a = index is None and experts_config.takes_tma(a)
+    # Gate and up as matrices of equal distance: [E * parts, width, depth].
+    tma_b = experts_config.takes_tma(b) and (parts == 1 or b.stride(0) == 2 * width * b.stride(1))
     matrices = halves = b
-    if tma_b:  # distance: [E * parts, width, depth]
+    if tma_b:
         shape = [num_experts * parts, width, depth]
         strides = [b.stride(0) // parts, b.stride(1), 1]
         matrices = TensorDescriptor(b, shape, strides, [parts, config.block_n, config.block_k])
@@ -151,38 +152,6 @@ def grouped_product(
         num_warps=config.warps,
         num_stages=config.stages,
     )
-
-
-def _combine(rows: Tensor, weights: Tensor, position: Tensor, offsets: Tensor, y: Tensor) -> None:
-    """y[t] = sum over k of weights[t, k] * rows[position[t * K + k]]."""
-    tokens, width = y.shape
-    if y.numel() == 0:
-        return
-    # A token per program, 8 elements per thread: one wide load for each row. For few tokens more programs.
-    block_n = min(2048 if tokens >= 1024 else 512, triton.next_power_of_2(width))
-    block_t = 64 if INTERPRETED else 1
-    combine_kernel[(triton.cdiv(tokens, block_t), triton.cdiv(width, block_n))](
-        rows,
-        weights,
-        position.contiguous(),
-        offsets.contiguous(),
-        y,
-        tokens,
-        offsets.shape[0] - 1,
-        width,
-        *weights.stride(),
-        TOP_K=weights.shape[1],
-        BLOCK_T=block_t,
-        BLOCK_N=block_n,
-        num_warps=max(1, block_n // 256),
-    )
-
-
-def _takes_tma(x: Tensor) -> bool:
-    """Can the copy engine read `x`, and does it pay (where the tensor cores read shared memory, which is Hopper's)?"""
-    steps = [x.data_ptr(), *(stride * x.element_size() for stride in x.stride()[:-1])]
-    able = x.stride(-1) == 1 and all(step % 16 == 0 for step in steps) and min(*x.shape, *x.stride()) > 0
-    return able and x.element_size() == 2 and capability(x.device) >= 90
 
 
 def _is_wide(x: Tensor) -> bool:

@@ -1,44 +1,52 @@
-"""Backward of the ops `experts`: the gradients of `grouped_gemm` and `expert_mlp`.
+"""Backward of the ops of `experts` on a GPU: the gradients of `grouped_gemm` and `expert_mlp`.
 
 With G the gradient of y in the sorted rows (row m: that of token order[m] // K), w the routing weights of those rows,
 P the saved pre-activation and a = act(P), for the rows of each expert:
 
-    D    = G W_down                          gradient of a, before weighting
-    dP   = w D act'(P)                       gated: dP = w D (up gate'(P_gate)) | w D gate(P_gate)
-    dw   = <D, a> + <G, b_down>              the same as <G, W_down a + b_down>, without the down projection again
-    R    = dP W_up,   dx_t = sum over k of the rows R of token t
-    dW_down = G^T (w a),   db_down = column sums of w G
-    dW_up   = dP^T X,      db_up   = column sums of dP
+    D       = G W_down                   the gradient of a, before weighting
+    dP      = w D act'(P)                gated, a = f(p) u: w D f'(p) u and w D f(p), in the order of P
+    dw      = <D, a> + <G, b_down>       the same as <G, W_down a + b_down> without computing the down projection again
+    R       = dP W_up                    dx_t = the sum of the K rows of token t
+    dW_down = G^T (w a)                  db_down = column sums of w G
+    dW_up   = dP^T X                     db_up   = column sums of dP
 
-Kept from the forward: x, P and the plan. Nothing gathered is ever stored: G and X are read through the index.
+Kept from the forward: x, P and the plan. Gathered rows are never stored: G and X are read through the index.
 
-| launch | kernel | reads + writes |
+| launch | does | reads; writes |
 |---|---|---|
-| 1 | tiles of the experts, experts by load | offsets |
-| 2 | D and its epilogue -> `factors` = [w a, dP], parts of dw, column sums of dP | G, W_down, P; factors |
+| 1 | experts by load | offsets |
+| 2 | D; in its epilogue `factors` = [w a, dP], pieces of <D, a>, column sums of tiles of dP | G, W_down, P; factors |
 | 3 | both weight gradients | factors, G, X; dW_down, dW_up |
 | 4 | R | dP, W_up; R |
-| 5 | dx, a sum of K rows | R; dx |
-| 6 | dw, a sum of parts | little |
-| 7-9 | with biases: column sums of w G and <G, b_down>; sums over tiles | G |
+| 5 | dx, by the kernel that ends the forward | R; dx |
+| 6 | dw from its pieces | 1 / 16 of P |
+| 7 | b_up: sums over tiles | 1 / 64 of P |
+| 8, 9 | b_down: column sums of w G and <G, b_down> per tile; sums over tiles | G |
 
-Cost: 4 M H (I_up + I) FLOPs, twice the forward. At T = 8192, H = 2048, I = 512, E = 16, K = 4 (M = 32768 slots) that is
-275 GFLOP, 348 us at 790 TFLOP/s (a dense bfloat16 product on an H200). Memory, every array once and the gathered rows
-from L2: G and X 67 MB, P 34 MB, factors 67 MB written and read twice, weights and their gradients 134 MB, R 134 MB
-written and read, dx 34 MB: 740 MB, 172 us at 4.3 TB/s, of which R and dx (302 MB, 70 us) and the sums are not hidden
-behind products. So the floor of this form is about 425 us, 650 TFLOP/s; expected are 70 to 80 % of that: products
-at 600 TFLOP/s and the sums on top give 530 us, 520 TFLOP/s.
+Cost: 4 M H (I_up + I) FLOPs, twice the forward. On an H200 in bfloat16 (790 TFLOP/s of a dense product, 4.3 TB/s of a
+copy; both measured, elsewhere than here), without biases:
 
-**Uneven loads.** A tile of a weight gradient costs as much as its expert has rows. Both weight gradients are one
-launch with a plain grid, the tiles of the expert with most rows first: the hardware hands a free multiprocessor the
-longest of what is left. With n tiles per expert on S multiprocessors the longest tile does not outlast the average
-program as long as no expert has more than n / S of all rows: n = 64 for I = 512 (128 x 256 tiles), so up to half of
-all rows on an H200, and all of them from I = 1024 on. That is why the token axis is not split: partial weight
-gradients in float32 would cost E * H * (I_up + I) * 4 bytes of memory and one more pass for a case that order alone
-covers.
+| T, H, I, E, K, activation | FLOPs | bytes | floor of launches 2 - 4, of 5 | expected |
+|---|---|---|---|---|
+| 8192, 2048, 1024, 16, 2, gelu | 275 G | 0.74 GB | 348 + 23 us | 545 TFLOP/s, 0.73 of the floor |
+| 8192, 2048, 512, 16, 4, gelu | 275 G | 0.74 GB | 348 + 39 us | 525 TFLOP/s, 0.74 |
+| 8192, 2048, 768, 16, 8, swiglu | 1.24 T | 2.2 GB | 1570 + 70 us | 560 TFLOP/s, 0.74 |
+| 24576, 1536, 1024, 32, 2, swiglu | 0.93 T | 2.1 GB | 1170 + 53 us | 560 TFLOP/s, 0.74 |
 
-Same inputs, same bits: no atomics, sums in an order that depends on the shape, for biases and weight gradients on the
-load, and for rows (dx, dw) on neither the load nor the number of rows.
+Expected are 620 TFLOP/s in launch 3, 600 in launch 4 and, because nothing hides its epilogue, 510 in launch 2; 95 % of
+the copy's speed in launch 5. Launch 8 adds about 25 us to the second line: it reads G once from memory, K times from
+L2. Memory while it runs: `factors` and R, M (I_up + I + H) elements.
+
+**Uneven loads.** A block of a weight gradient costs as much as its expert has rows. Both weight gradients are one
+launch with a plain grid, the blocks of the expert with most rows first: the hardware hands a free multiprocessor the
+longest that is left. With n blocks per expert and S multiprocessors, the longest block does not outlast the average
+multiprocessor as long as no expert has more than n / S of all rows. For H = 2048, I = 512 and blocks of 128 x 256 n is
+64: up to half of all rows on an H200, and from I = 1024 on all of them. That is why the token axis is not split: parts
+of the gradients in float32 would take E H (I_up + I) * 4 bytes and one more pass, for loads that the order alone covers.
+
+Same inputs, same bits: no atomics. Sums over rows (weights, biases) depend in their order on the loads; those of a row
+(dx, dw) on neither the loads nor the number of rows. `w a` and dP are rounded to the dtype of x, as the reference
+rounds w G and dP; D, <D, a> and all sums stay in float32.
 """
 
 from __future__ import annotations
@@ -52,8 +60,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from unif2ace.kernels import experts_gradients as products
 from unif2ace.kernels import experts_sums as sums
-from unif2ace.kernels._device import capability, multiprocessors
-from unif2ace.kernels.experts_config import Config, gradients
+from unif2ace.kernels._device import multiprocessors
+from unif2ace.kernels.experts_config import Config, Product, matrix_gradient, row_gradients, takes_tma
+from unif2ace.kernels.experts_products import combine
 from unif2ace.kernels.experts_schedule import max_tiles, padded_experts
 
 
@@ -97,21 +106,26 @@ def expert_mlp_backward(
     inner, top_k, slots = w_down.shape[2], weights.shape[1], order.shape[0]
     grad, x, w_up, w_down = (_adjacent(tensor) for tensor in (grad, x, w_up, w_down))
     pre, weights, order, position = (tensor.contiguous() for tensor in (pre, weights, order, position))
-    config = gradients(x.dtype, slots, w_up.shape[0], x.device)
-    rows = Rows(offsets.contiguous(), slots, config.rows.block_m)
+    (experts, up_rows, hidden), dtype = w_up.shape, x.dtype
+    needed = [
+        Product(dtype, slots, experts, inner, hidden, 1, gather=True),
+        Product(dtype, slots, experts, hidden, up_rows, 1, gather=False),
+    ]
+    first, second = row_gradients(needed, x.device)
+    rows = Rows(offsets.contiguous(), slots, first.block_m)
 
-    factors = x.new_empty(rows.tiles * rows.block_m, inner + w_up.shape[1])
-    up_sums = x.new_empty(rows.tiles, w_up.shape[1], dtype=torch.float32)
-    pieces = triton.cdiv(inner, config.rows.block_n) * (config.rows.block_n // config.rows.piece)
-    dots = x.new_empty(pieces + (0 if b_down is None else _strips(x.shape[1])), slots, dtype=torch.float32)
-    _activation_gradient(config.rows, rows, grad, w_down, pre, weights, order, activation, factors, dots, up_sums)
+    factors = x.new_empty(rows.tiles * rows.block_m, inner + up_rows)
+    up_sums = x.new_empty(rows.tiles, up_rows, dtype=torch.float32)
+    pieces = triton.cdiv(inner, first.block_n) * (first.block_n // first.piece)
+    dots = x.new_empty(pieces + (0 if b_down is None else _strips(hidden)), slots, dtype=torch.float32)
+    _activation_gradient(first, rows, grad, w_down, pre, weights, order, activation, factors, dots, up_sums)
 
     grad_w_up, grad_w_down = x.new_empty(w_up.shape), x.new_empty(w_down.shape)
-    _weight_gradient(config.weights, rows, factors, inner, grad, x, order, top_k, grad_w_down, grad_w_up)
-    of_rows = x.new_empty(slots, x.shape[1])
-    _input_gradient(config.rows, rows, factors, inner, w_up, of_rows)
+    _weight_gradient(rows, factors, inner, grad, x, order, top_k, grad_w_down, grad_w_up)
+    of_rows = x.new_empty(slots, hidden)
+    _input_gradient(second, rows, factors, inner, w_up, of_rows)
     grad_x = x.new_empty(x.shape)
-    _segment_sums(rows, of_rows, position, None, top_k, grad_x)
+    combine(of_rows, None, position, rows.offsets, grad_x)
 
     grad_b_up, grad_b_down = (x.new_empty(0 if b is None else b.shape) for b in (b_up, b_down))
     if b_up is not None:
@@ -131,18 +145,22 @@ def grouped_gemm_backward(
     slots = grad.shape[0]
     grad, a, b = (_adjacent(tensor) for tensor in (grad, a, b))
     gather = None if gather is None else gather.contiguous()
-    config = gradients(a.dtype, slots, b.shape[0], a.device)
-    rows = Rows(offsets.contiguous(), slots, config.rows.block_m)
+    experts, width, depth = b.shape
+    (config,) = row_gradients([Product(a.dtype, slots, experts, depth, width, 1, gather=False)], a.device)
+    rows = Rows(offsets.contiguous(), slots, config.block_m)
 
     grad_b = a.new_empty(b.shape)
-    _weight_gradient(config.weights, rows, grad, None, a, a, gather, 1, grad_b, grad_b)
-    grad_a = a.new_empty(slots, b.shape[2])
-    _input_gradient(config.rows, rows, grad, None, b, grad_a)
+    _weight_gradient(rows, grad, None, a, a, gather, 1, grad_b, grad_b)
+    grad_a = a.new_empty(slots, depth)
+    _input_gradient(config, rows, grad, None, b, grad_a)
     if gather is not None:  # a row of `a` may be read several times: its readers in ascending order, by a stable sort
         read, readers = torch.sort(gather, stable=True)
         starts = torch.searchsorted(read, torch.arange(a.shape[0] + 1, device=a.device, dtype=read.dtype))
         of_rows, grad_a = grad_a, a.new_empty(a.shape)
-        _segment_sums(rows, of_rows, readers, starts, 1, grad_a)
+        block = min(1024, triton.next_power_of_2(depth))
+        sums.segment_sums_kernel[(a.shape[0], triton.cdiv(depth, block))](
+            of_rows, readers, starts, rows.end, grad_a, depth, BLOCK_N=block
+        )
     grad_bias = a.new_empty(0 if bias is None else bias.shape)
     if bias is not None:
         _row_sums(rows, grad, None, 1, None, None, None, grad_bias)
@@ -172,7 +190,7 @@ def _activation_gradient(
     up_sums: Tensor,
 ) -> None:
     _, hidden, inner = w_down.shape
-    tma = _tma(w_down)
+    tma = takes_tma(w_down)
     products.activation_gradient_kernel[_stay(config, rows, inner, grad.device)](
         grad,
         TensorDescriptor.from_tensor(w_down, [1, config.block_k, config.block_n]) if tma else w_down,
@@ -206,7 +224,7 @@ def _input_gradient(config: Config, rows: Rows, left: Tensor, skip: int | None, 
     has the sorted rows, and `out` becomes zeros beyond the last offset."""
     _, depth, width = matrices.shape
     by_tile = skip is not None
-    tma = _tma(matrices) and (not by_tile or _tma(left))
+    tma = takes_tma(matrices) and (not by_tile or takes_tma(left))
     products.input_gradient_kernel[_stay(config, rows, width, left.device)](
         TensorDescriptor.from_tensor(left, [config.block_m, config.block_k]) if tma and by_tile else left,
         TensorDescriptor.from_tensor(matrices, [1, config.block_k, config.block_n]) if tma else matrices,
@@ -229,7 +247,6 @@ def _input_gradient(config: Config, rows: Rows, left: Tensor, skip: int | None, 
 
 
 def _weight_gradient(
-    config: Config,
     rows: Rows,
     left: Tensor,
     split: int | None,
@@ -244,13 +261,12 @@ def _weight_gradient(
     With `split`, left is stored by tile; without, it has the sorted rows, and there is no first product."""
     by_tile, split = split is not None, split or 0
     columns, width = left.shape[1], second.shape[1]
+    config = matrix_gradient(left.dtype, index is not None, left.device)
     by_load = rows.offsets.new_empty(rows.experts)
     experts = padded_experts(rows.experts)
     sums.experts_by_load_kernel[(1,)](rows.offsets, by_load, rows.experts, EXPERTS=experts)
     blocks = triton.cdiv(split, config.block_m) + triton.cdiv(columns - split, config.block_m)
-    tma = by_tile and _tma(left)
-    if index is None:  # loading rows by an index takes two stages of the loop for the index
-        config = config._replace(stages=max(config.stages - 2, 1))
+    tma = by_tile and takes_tma(left)
     products.weight_gradient_kernel[(rows.experts * blocks * triton.cdiv(width, config.block_n),)](
         TensorDescriptor.from_tensor(left, [config.block_k, config.block_m]) if tma else left,
         first,
@@ -326,15 +342,6 @@ def _tile_sums(rows: Rows, partial: Tensor, out: Tensor) -> None:
     )
 
 
-def _segment_sums(rows: Rows, of_rows: Tensor, members: Tensor, starts: Tensor | None, top_k: int, out: Tensor) -> None:
-    """out[t] = sum of the rows that belong to t, in order; rows beyond the last offset are left out."""
-    width = of_rows.shape[1]
-    block = min(1024, triton.next_power_of_2(width))
-    sums.segment_sums_kernel[(out.shape[0], triton.cdiv(width, block))](
-        of_rows, members, starts, rows.end, out, width, TOP_K=top_k, BLOCK_N=block
-    )
-
-
 def _stay(config: Config, rows: Rows, width: int, device: torch.device) -> tuple[int]:
     """A grid of programs that stay, no more than there may be blocks."""
     blocks = rows.tiles * triton.cdiv(width, config.block_n)
@@ -352,9 +359,3 @@ def _launch(config: Config) -> dict[str, int]:
 def _adjacent(x: Tensor) -> Tensor:
     """x with the elements of a row adjacent in memory, as all loads expect; a copy only where they are not."""
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _tma(x: Tensor) -> bool:
-    """Can the copy engine read tiles of x? It came with Hopper and wants rows that start at multiples of 16 bytes."""
-    aligned = x.data_ptr() % 16 == 0 and all(s * x.element_size() % 16 == 0 for s in x.stride()[:-1])
-    return capability(x.device) >= 90 and x.element_size() == 2 and x.numel() > 0 and aligned

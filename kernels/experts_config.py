@@ -17,13 +17,12 @@ The rules (16-bit operands; r = rows per expert on average, which the host knows
 * float32 runs on the ordinary arithmetic units: 64 x 64.
 * Under the interpreter one small tile for everything: programs are slow there, not rows.
 
-The backward (`gradients`) follows rules of its own, for r >= 128 and below:
-
-* Gradients of rows: the same 128 x 256 blocks. Both kernels share BLOCK_M, because one stores by tile what the other
-  reads. The epilogue of the activation works on 32 columns at a time; with 64 the compiler spills registers.
-* r < 128: blocks of 64 x 64, so that E experts of few rows make enough programs to stream their matrices.
-* Gradients of matrices: 128 x 256 for any load, since their number of blocks does not depend on it. A row is found by
-  an index that has to arrive first, and Triton spends two of five stages on it: three buffers of 48 KiB remain.
+Backward: `row_gradients` chooses by the same count of cycles, for two products that share BLOCK_M because one stores by
+tile what the other reads; few rows add blocks of 64 x 64, as many programs as it takes to stream the matrices. The
+epilogue works on 32 columns at a time: with 64 the compiler spills registers, and what is stored per piece must not
+change with the load. `matrix_gradient` sums over the rows in blocks whose number does not depend on the load: the
+largest. A row is found by an index that has to arrive first, and Triton spends two of five stages on it: three buffers
+of 48 KiB remain, on A100 three of 16 KiB.
 """
 
 from __future__ import annotations
@@ -35,6 +34,7 @@ from typing import NamedTuple
 
 import torch
 import triton
+from torch import Tensor
 
 from unif2ace.kernels._device import INTERPRETED, capability, multiprocessors
 
@@ -158,25 +158,45 @@ def path_of_table(chip: int) -> Path:
     return FOLDER / f"experts-sm_{chip}.json"
 
 
-class Gradients(NamedTuple):
-    """How the backward is launched: products that give a row for each row, and products over the rows."""
-
-    rows: Config
-    weights: Config
+FEW = {80: Config(64, 64, 32, warps=4, stages=5, programs=2), 90: Config(64, 64, 64, warps=4, stages=5, programs=2)}
 
 
-def gradients(dtype: torch.dtype, rows: int, num_experts: int, device: torch.device) -> Gradients:
-    """The configurations of the backward for `rows` sorted rows; see the module docstring."""
-    many = rows >= 128 * num_experts
+def row_gradients(products: list[Product], device: torch.device) -> list[Config]:
+    """For products of the backward that give a row for each row: configurations of equal `block_m`."""
     if INTERPRETED:
-        return Gradients(Config(64, 64, 64, 4, 1, piece=32), Config(64, 64, 64, 4, 1))
+        return [Config(64, 64, 64, warps=4, stages=1)] * len(products)
+    if products[0].dtype == torch.float32:
+        return [Config(64, 64, 16, warps=4, stages=2, programs=2)] * len(products)
+    chip = chip_of(device)
+    shapes = [config._replace(piece=32, split=False) for config in (*BLOCKS[chip], FEW[chip])]
+
+    def cycles(config: Config, product: Product) -> float:
+        return _cycles(config, product, chip, multiprocessors(device)) * product.depth
+
+    def best(height: int) -> list[Config]:
+        tall = [config for config in shapes if config.block_m == height]
+        return [min(tall, key=lambda config: cycles(config, product)) for product in products]
+
+    return min((best(128), best(64)), key=lambda configs: sum(map(cycles, configs, products)))
+
+
+def matrix_gradient(dtype: torch.dtype, gather: bool, device: torch.device) -> Config:
+    """For the products of the backward that sum over rows, `gather`: with rows that are found by an index."""
+    if INTERPRETED:
+        return Config(64, 64, 64, warps=4, stages=1)
     if dtype == torch.float32:
-        return Gradients(Config(64, 64, 16, 4, 2, programs=2, piece=32), Config(64, 64, 16, 4, 2))
-    if capability(device) >= 90:
-        few = Config(64, 64, 64, warps=4, stages=5, programs=2, piece=32)
-        return Gradients(Config(128, 256, 64, 8, 4, piece=32) if many else few, Config(128, 256, 64, 8, 5))
-    few = Config(64, 64, 32, warps=4, stages=5, programs=2, piece=32)
-    return Gradients(Config(128, 128, 32, 8, 4, piece=32) if many else few, Config(128, 128, 32, 8, 7))
+        return Config(64, 64, 16, warps=4, stages=2)
+    stages = 5 if gather else 3
+    return (
+        Config(128, 256, 64, warps=8, stages=stages) if chip_of(device) >= 90 else Config(128, 128, 32, 8, stages + 2)
+    )
+
+
+def takes_tma(x: Tensor) -> bool:
+    """Can the copy engine read `x`, and does it pay (where the tensor cores read shared memory, which is Hopper's)?"""
+    steps = [x.data_ptr(), *(stride * x.element_size() for stride in x.stride()[:-1])]
+    able = x.stride(-1) == 1 and all(step % 16 == 0 for step in steps) and min(*x.shape, *x.stride()) > 0
+    return able and x.element_size() == 2 and capability(x.device) >= 90
 
 
 @cache

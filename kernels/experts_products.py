@@ -33,7 +33,9 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from unif2ace.kernels._device import INTERPRETED
 from unif2ace.kernels.experts_activation import activate, columns_of
 from unif2ace.kernels.experts_schedule import block_at, tile_count, tile_ends
 
@@ -264,7 +266,7 @@ def _wide(number, WIDE: tl.constexpr):
 @triton.jit(do_not_specialize=["tokens", "num_experts"])
 def combine_kernel(
     rows_ptr,  # [M, width], sorted
-    weights_ptr,  # [T, TOP_K] float32
+    weights_ptr,  # [T, TOP_K] float32, or None: all 1
     position_ptr,  # [M]: the row of slot t * TOP_K + k
     offsets_ptr,  # [E + 1]; rows from offsets[E] on belong to no expert and count as zeros
     y_ptr,  # [T, width]
@@ -284,10 +286,37 @@ def combine_kernel(
     for k in tl.range(0, TOP_K, loop_unroll_factor=4):  # four rows on their way at a time
         row = tl.load(position_ptr + token * TOP_K + k, mask=token < tokens, other=end)
         owned = row < end
-        weights = weights_ptr + token.to(tl.int64) * stride_weights_token + k * stride_weights_k
-        weight = tl.load(weights, mask=owned, other=0.0).to(tl.float32)
         source = rows_ptr + row.to(tl.int64)[:, None] * width + columns[None, :]
         value = tl.load(source, mask=owned[:, None] & (columns < width)[None, :], other=0.0).to(tl.float32)
-        total += weight[:, None] * value
+        if weights_ptr is not None:
+            weights = weights_ptr + token.to(tl.int64) * stride_weights_token + k * stride_weights_k
+            value *= tl.load(weights, mask=owned, other=0.0).to(tl.float32)[:, None]
+        total += value
     y = y_ptr + token.to(tl.int64)[:, None] * width + columns[None, :]
     tl.store(y, total.to(y_ptr.dtype.element_ty), mask=(token < tokens)[:, None] & (columns < width)[None, :])
+
+
+def combine(rows: Tensor, weights: Tensor | None, position: Tensor, offsets: Tensor, y: Tensor) -> None:
+    """y[t] = sum over k of weights[t, k] * rows[position[t * K + k]]; without weights all are 1."""
+    tokens, width = y.shape
+    if y.numel() == 0:
+        return
+    top_k = position.shape[0] // tokens
+    # A token per program, 8 elements per thread: one wide load for each row. For few tokens more programs.
+    block_n = min(2048 if tokens >= 1024 else 512, triton.next_power_of_2(width))
+    block_t = 64 if INTERPRETED else 1
+    combine_kernel[(triton.cdiv(tokens, block_t), triton.cdiv(width, block_n))](
+        rows,
+        weights,
+        position.contiguous(),
+        offsets.contiguous(),
+        y,
+        tokens,
+        offsets.shape[0] - 1,
+        width,
+        *((0, 0) if weights is None else weights.stride()),
+        TOP_K=top_k,
+        BLOCK_T=block_t,
+        BLOCK_N=block_n,
+        num_warps=max(1, block_n // 256),
+    )

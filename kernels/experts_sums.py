@@ -4,7 +4,7 @@
     row_sums_kernel          column sums of weighted rows per tile, and products of rows with a vector of their expert
     tile_sums_kernel         sums over the tiles of an expert
     slot_sums_kernel         sums over parts, from sorted rows back to slots
-    segment_sums_kernel      sums of rows that belong together, such as the K slots of a token
+    segment_sums_kernel      sums of the rows that read the same row of `a` (grouped_gemm with gather)
 
 All but the first are bound by memory and read every input once.
 """
@@ -111,12 +111,11 @@ def slot_sums_kernel(parts_ptr, position_ptr, total_ptr, out_ptr, parts, slots, 
 @triton.jit
 def segment_sums_kernel(
     rows_ptr,  # [M, width]
-    members_ptr,  # numbers of rows
-    starts_ptr,  # [outputs + 1] or None: output t has TOP_K members
+    members_ptr,  # [M] numbers of rows
+    starts_ptr,  # [outputs + 1]
     total_ptr,  # members at or beyond this number are left out
     out_ptr,  # [outputs, width]
     width,
-    TOP_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """out[t] = sum of rows[members[j]] over j = starts[t] .. starts[t + 1] - 1, in this order, in float32."""
@@ -124,14 +123,8 @@ def segment_sums_kernel(
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     limit = tl.load(total_ptr)
     total = tl.zeros((BLOCK_N,), tl.float32)
-    if starts_ptr is None:
-        for k in tl.static_range(TOP_K):
-            row = tl.load(members_ptr + output.to(tl.int64) * TOP_K + k)
-            some = (row < limit) & (columns < width)
-            total += tl.load(rows_ptr + row.to(tl.int64) * width + columns, mask=some, other=0.0).to(tl.float32)
-    else:
-        for j in range(tl.load(starts_ptr + output), tl.load(starts_ptr + output + 1)):
-            row = tl.load(members_ptr + j)
-            some = (row < limit) & (columns < width)
-            total += tl.load(rows_ptr + row.to(tl.int64) * width + columns, mask=some, other=0.0).to(tl.float32)
+    for j in range(tl.load(starts_ptr + output), tl.load(starts_ptr + output + 1)):
+        row = tl.load(members_ptr + j)
+        some = (row < limit) & (columns < width)
+        total += tl.load(rows_ptr + row.to(tl.int64) * width + columns, mask=some, other=0.0).to(tl.float32)
     tl.store(out_ptr + output.to(tl.int64) * width + columns, total.to(out_ptr.dtype.element_ty), mask=columns < width)
