@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -155,23 +156,31 @@ def path_of_table(chip: int) -> Path:
     return FOLDER / f"experts-sm_{chip}.json"
 
 
-FEW = {80: Config(64, 64, 32, warps=4, stages=5, programs=2), 90: Config(64, 64, 64, warps=4, stages=5, programs=2)}
+# The same for the backward's products of rows.
+ROW_BLOCKS = {
+    80: (Config(128, 128, 32, 8, 4), Config(64, 128, 32, 4, 4, programs=2), Config(64, 64, 32, 4, 5, programs=2)),
+    90: (
+        Config(128, 256, 64, warps=8, stages=4),
+        Config(128, 128, 64, warps=8, stages=5),
+        Config(64, 128, 64, warps=4, stages=4, programs=2),
+        Config(64, 64, 64, warps=4, stages=5, programs=2),
+    ),
+}
 
 
-def row_gradients(products: list[Product], device: torch.device) -> list[Config]:
+def row_gradients(products: Sequence[Product], device: torch.device) -> list[Config]:
     """For products of the backward that give a row for each row: configurations of equal `block_m`."""
     if INTERPRETED:
         return [Config(64, 64, 64, warps=4, stages=1)] * len(products)
     if products[0].dtype == torch.float32:
         return [Config(64, 64, 16, warps=4, stages=2, programs=2)] * len(products)
     chip = chip_of(device)
-    shapes = [config._replace(piece=32) for config in (*BLOCKS[chip], FEW[chip])]
 
     def cycles(config: Config, product: Product) -> float:
         return _cycles(config, product, chip, multiprocessors(device)) * product.depth
 
     def best(height: int) -> list[Config]:
-        tall = [config for config in shapes if config.block_m == height]
+        tall = [config for config in ROW_BLOCKS[chip] if config.block_m == height]
         return [min(tall, key=lambda config: cycles(config, product)) for product in products]
 
     return min((best(128), best(64)), key=lambda configs: sum(map(cycles, configs, products)))
