@@ -13,19 +13,20 @@ expert's result to the dtype of x before it sums in float32, and 32-bit rows wou
 Cost on an H200 in bfloat16 (790 TFLOP/s of a dense product, 4.3 TB/s of a copy; both measured, elsewhere than here).
 FLOPs 2 M H (I_up + I); memory: x, y, the matrices of experts with rows, act twice, down twice.
 
-| T, H, I, E, K, activation | FLOPs | bytes | floor of launches 1 + 2, of 3 | expected |
-|---|---|---|---|---|
-| 8192, 2048, 1024, 16, 2, gelu | 137 G | 0.40 GB | 174 + 23 us | 535 TFLOP/s |
-| 8192, 2048, 512, 16, 4, gelu | 137 G | 0.47 GB | 174 + 39 us | 500 TFLOP/s |
-| 8192, 2048, 768, 16, 8, swiglu | 618 G | 1.0 GB | 783 + 70 us | 560 TFLOP/s |
-| 24576, 1536, 1024, 32, 2, swiglu | 464 G | 1.0 GB | 587 + 53 us | 545 TFLOP/s |
-| 512, 2048, 1024, 16, 2, gelu | 8.6 G | 0.15 GB | 34 us | 80 % of the copy's speed |
-| 64, 2048, 512, 16, 4, gelu | 1.1 G | 69 MB | 16 us | 80 % |
-| 1, 2048, 512, 16, 4, gelu | 17 M | 17 MB | 3.9 us | launches: three times 2 us |
+| T, H, I, E, K, activation | FLOPs | bytes | floor of 1 + 2, of 3 | rounds of 1, 2 | expected |
+|---|---|---|---|---|---|
+| 8192, 2048, 1024, 16, 2, gelu | 137 G | 0.40 GB | 174 + 23 us | 4.5, 8.5 | 540 TFLOP/s |
+| 8192, 2048, 512, 16, 4, gelu | 137 G | 0.47 GB | 174 + 39 us | 4 to 4.5, 16 to 16.5 | 510 TFLOP/s |
+| 8192, 2048, 768, 16, 8, swiglu | 618 G | 0.96 GB | 783 + 70 us | 24, 32 | 560 TFLOP/s |
+| 24576, 1536, 1024, 32, 2, swiglu | 464 G | 0.96 GB | 587 + 53 us | 24.5, 18.5 | 560 TFLOP/s |
+| 512, 2048, 1024, 16, 2, gelu | 8.6 G | 0.15 GB | 34 + 2 us | under one | 80 % of the copy's speed |
+| 64, 2048, 512, 16, 4, gelu | 1.1 G | 70 MB | 16 us | under one | 80 % |
+| 1, 2048, 512, 16, 4, gelu | 17 M | 17 MB | 3.9 us | under one | three launches of about 2 us |
 
-Expected for many rows is 600 TFLOP/s in the products (blocks of 128 x 256 without clusters ask L2 for three quarters of
-what it can deliver; the epilogue is not hidden) and 95 % of the copy's speed in the sum. What that leaves on the table
-is in launch 3: K + 1 rows of H per token that no product hides.
+Expected for many rows is 600 TFLOP/s in the products, three quarters of what a dense product reaches: blocks of 128 x
+256 without clusters ask L2 for three quarters of what a multiprocessor can get, epilogues of launch 1 are not hidden,
+and programs work in rounds of one block each (132 blocks on an H200; balanced loads assumed). And 95 % of the copy's
+speed in launch 3, which is what this form leaves on the table: K + 1 rows of H per token that no product hides.
 
 Inputs may have any strides: the products and the sum take them. TMA needs 16-byte multiples and adjacent columns; where
 that fails, or below Hopper, the same kernels load through pointers. Only the index vectors are made contiguous.
@@ -104,18 +105,20 @@ def grouped_product(
     parts = 2 if activation in GATED else 1
     product = experts_config.Product(a.dtype, rows, num_experts, width, depth, parts, index is not None)
     config = config or experts_config.choose(product, a.device)
-    blocks = max_tiles(rows, num_experts, config.block_m) * triton.cdiv(width, config.block_n)
+    blocks = (1 + config.split) * max_tiles(rows, num_experts, config.block_m) * triton.cdiv(width, config.block_n)
     tma_a = index is None and experts_config.takes_tma(a)
-    tma_b = experts_config.takes_tma(b) and (
-        parts == 1 or b.stride(0) == 2 * width * b.stride(1)
-    )  # gate and up as matrices of equal
-    if tma_b:  # distance: [E * parts, width, depth]
+    # Gate and up as matrices of equal distance: [E * parts, width, depth].
+    tma_b = experts_config.takes_tma(b) and (parts == 1 or b.stride(0) == 2 * width * b.stride(1))
+    matrices = halves = b
+    if tma_b:
         shape = [num_experts * parts, width, depth]
         strides = [b.stride(0) // parts, b.stride(1), 1]
         matrices = TensorDescriptor(b, shape, strides, [parts, config.block_n, config.block_k])
+        halves = TensorDescriptor(b, shape, strides, [parts, config.block_n // 2, config.block_k])
     grouped_product_kernel[(min(blocks, config.programs * multiprocessors(a.device)),)](
         TensorDescriptor(a, [*a.shape], [*a.stride()], [config.block_m, config.block_k]) if tma_a else a,
-        matrices if tma_b else b,
+        matrices,
+        halves,
         bias,
         out,
         pre,
@@ -140,11 +143,12 @@ def grouped_product(
         TMA_B=tma_b,
         SWAP=config.swap,
         FLATTEN=config.flatten,
+        SPLIT=config.split,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
         GROUP_M=config.group_m,
-        PIECE=min(config.piece, config.block_n),
+        PIECE=min(config.piece, config.block_n // (1 + config.split)),
         num_warps=config.warps,
         num_stages=config.stages,
     )

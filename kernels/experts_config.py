@@ -7,10 +7,10 @@ know it follows the rules below. Nothing is tuned while a program runs; `unif2ac
 The rules (16-bit operands; r = rows per expert on average, which the host knows, as it does not know the offsets):
 
 * r > 32: of the shapes of `BLOCKS` the one that `_cycles` expects to be done first. Large blocks load less: per step of
-  64, a block of 128 x 256 reads 48 KiB from L2 for 1024 cycles of Hopper's tensor cores, one of 128 x 128 reads 32 KiB
-  for 512 cycles. But programs work in rounds, one block each, and the last round takes as long as a full one: 33 blocks
-  of 128 x 256 on 132 multiprocessors take longer than 66 of half the size. 128 x 256 is as large as accumulators of two
-  warpgroups can be (128 registers per thread); four stages of it fill the 227 KiB of shared memory.
+  64, a block of 128 x 256 reads 48 KiB from L2 for 1024 cycles of Hopper's tensor cores, one of 64 x 128 reads 24 KiB
+  for 256 cycles. But programs work in rounds, one block each, and the last round takes as long as a full one, so that
+  few blocks should be small ones; `split` shortens the last round of large ones. 128 x 256 is as large as accumulators
+  of two warpgroups can be (128 registers per thread); four stages of it fill the 227 KiB of shared memory.
 * r <= 32: reading the matrices is all there is. `swap`, 64 (gated 2 x 64) rows of the matrix times 16 or 32 tokens. In
   flight per multiprocessor are two programs times three stages of 16 KiB; 4.3 TB/s times a latency of 1 us over 132
   multiprocessors asks for 32 KiB.
@@ -21,14 +21,13 @@ Backward: `row_gradients` chooses by the same count of cycles, for two products 
 tile what the other reads; few rows add blocks of 64 x 64, as many programs as it takes to stream the matrices. The
 epilogue works on 32 columns at a time: with 64 the compiler spills registers, and what is stored per piece must not
 change with the load. `matrix_gradient` sums over the rows in blocks whose number does not depend on the load: the
-largest. A row is found by an index that has to arrive first, and Triton spends two of five stages on it: three buffers
-of 48 KiB remain, on A100 three of 16 KiB.
+largest. A row is found by an index that has to arrive first, for which Triton takes stages of its own: of five there
+remain three buffers, of 48 KiB, on A100 of seven three of 16 KiB.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -44,7 +43,7 @@ FOLDER = Path(__file__).parent / "tuning"
 
 
 class Config(NamedTuple):
-    """One way to launch `grouped_product_kernel`. `programs` per multiprocessor; `piece` columns of the epilogue."""
+    """One way to launch `grouped_product_kernel`, which says what the last four mean; `programs` per multiprocessor."""
 
     block_m: int
     block_n: int
@@ -56,6 +55,7 @@ class Config(NamedTuple):
     group_m: int = 8
     swap: bool = False
     flatten: bool = False
+    split: bool = False
 
 
 class Key(NamedTuple):
@@ -89,11 +89,7 @@ class Product(NamedTuple):
 # Block shapes of a chip, largest first; `block_n` counts gate and up.
 BLOCKS = {
     80: (Config(128, 128, 32, warps=8, stages=4, programs=2), Config(64, 128, 32, warps=4, stages=4, programs=2)),
-    90: (
-        Config(128, 256, 64, warps=8, stages=4),
-        Config(128, 128, 64, warps=8, stages=5),
-        Config(64, 128, 64, warps=4, stages=4, programs=2),
-    ),
+    90: (Config(128, 256, 64, warps=8, stages=4, split=True), Config(64, 128, 64, warps=4, stages=4, programs=2)),
 }
 # Of one multiprocessor: multiply-adds of 16-bit numbers per cycle, by the data sheets, and bytes per cycle from L2,
 # three quarters of the 64 that its port is wide.
@@ -131,9 +127,15 @@ def _cycles(config: Config, product: Product, chip: int, multiprocessors: int) -
     """Of all blocks, for each step of 64: on average the last tile of an expert is half full."""
     tiles = product.rows / config.block_m + product.num_experts / 2
     blocks = tiles * triton.cdiv(product.parts * product.width, config.block_n)
-    multiply = 64 * config.block_m * config.block_n / MULTIPLY_ADDS[chip]
-    load = 64 * product.dtype.itemsize * (config.block_m + config.block_n) / L2_BYTES
-    return math.ceil(blocks / multiprocessors) * max(multiply, load)
+    rounds, last = divmod(blocks / multiprocessors, 1)
+
+    def of_one(block_n: int) -> float:
+        multiply = 64 * config.block_m * block_n / MULTIPLY_ADDS[chip]
+        load = 64 * product.dtype.itemsize * (config.block_m + block_n) / L2_BYTES
+        return max(multiply, load)
+
+    last_n = config.block_n // 2 if config.split and last <= 0.5 else config.block_n
+    return rounds * of_one(config.block_n) + (of_one(last_n) if last else 0)
 
 
 def candidates(product: Product, chip: int, multiprocessors: int) -> list[Config]:
@@ -145,7 +147,8 @@ def candidates(product: Product, chip: int, multiprocessors: int) -> list[Config
                 found.append(Config(block_m, block_n, block_k // split, 4, 4, programs, swap=True))
     if product.key.rows_per_expert > 32:
         more = [(64, 256, 64, 4, 4, 1), (128, 128, 64, 4, 3, 2), (128, 256, 64, 8, 3, 1), (256, 128, 64, 8, 4, 1)]
-        for config in (*BLOCKS[chip], *(Config(*sizes) for sizes in more)):
+        plain = [config._replace(split=False) for config in BLOCKS[chip]]
+        for config in (*BLOCKS[chip], *plain, *(Config(*sizes) for sizes in more)):
             config = config._replace(block_n=config.block_n // split)
             found += [config] if product.gather else [config, config._replace(piece=64, flatten=True)]
     return list(dict.fromkeys(found))
@@ -156,7 +159,7 @@ def path_of_table(chip: int) -> Path:
     return FOLDER / f"experts-sm_{chip}.json"
 
 
-# The same for the backward's products of rows.
+# Block shapes of the backward's products that give a row for each row.
 ROW_BLOCKS = {
     80: (Config(128, 128, 32, 8, 4), Config(64, 128, 32, 4, 4, programs=2), Config(64, 64, 32, 4, 5, programs=2)),
     90: (
@@ -192,10 +195,9 @@ def matrix_gradient(dtype: torch.dtype, gather: bool, device: torch.device) -> C
         return Config(64, 64, 64, warps=4, stages=1)
     if dtype == torch.float32:
         return Config(64, 64, 16, warps=4, stages=2)
-    stages = 5 if gather else 3
-    return (
-        Config(128, 256, 64, warps=8, stages=stages) if chip_of(device) >= 90 else Config(128, 128, 32, 8, stages + 2)
-    )
+    if chip_of(device) >= 90:
+        return Config(128, 256, 64, warps=8, stages=5 if gather else 3)
+    return Config(128, 128, 32, warps=8, stages=7 if gather else 4)
 
 
 def takes_tma(x: Tensor) -> bool:

@@ -18,6 +18,8 @@ and is all of `grouped_gemm` and both products of `expert_mlp`. What makes it fa
   which is 64 high, multiplies 64 rows of the matrix with as few as 16 tokens instead of padding the tokens to 64.
 * FLATTEN makes one loop of blocks and steps: the copy engine fetches the next block's operands during this epilogue.
   Without effect where the number of steps varies (REST), and of no use for gathered rows (it spills).
+* SPLIT: programs work in rounds, one block each. If fewer than half of them had a block in the last round, its blocks
+  are cut into two halves of their columns and shared out; the round is half as long.
 
 Sums are in float32 over k in ascending order, by the same instructions whatever the tile sizes and whichever operand is
 on the left: a row does not depend on the rows around it.
@@ -42,6 +44,7 @@ from unif2ace.kernels.experts_schedule import block_at, tile_count, tile_ends
 def grouped_product_kernel(
     a,  # [.., depth]; TMA_A: its descriptor
     b,  # [E, PARTS * width, depth]; TMA_B: the descriptor of [E * PARTS, width, depth]
+    b_half,  # SPLIT and TMA_B: the same with boxes of half the width; else b
     bias_ptr,  # [E, PARTS * width] or None
     out_ptr,  # [rows, width]
     pre_ptr,  # [rows, PARTS * width], what the activation is applied to, or None
@@ -70,79 +73,189 @@ def grouped_product_kernel(
     TMA_B: tl.constexpr,
     SWAP: tl.constexpr,
     FLATTEN: tl.constexpr,
+    SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     PIECE: tl.constexpr,  # columns of the epilogue at a time
 ):
-    dtype = out_ptr.dtype.element_ty
     ends = tile_ends(offsets_ptr, rows, num_experts, EXPERTS, BLOCK_M, REST)
     column_tiles = tl.cdiv(width, BLOCK_N)
     blocks = tile_count(ends) * column_tiles
+    whole = blocks
+    if SPLIT:
+        remainder = blocks % tl.num_programs(0)
+        whole -= remainder if 2 * remainder <= tl.num_programs(0) else 0
+    for halves in tl.static_range(2 if SPLIT else 1):
+        items = 2 * (blocks - whole) if halves else whole
+        # Hoisting the epilogue's addresses out of this loop would keep them in registers during the product.
+        for item in tl.range(
+            tl.program_id(0), items, tl.num_programs(0), flatten=FLATTEN and halves == 0, disable_licm=True
+        ):
+            block = whole + item // 2 if halves else item
+            expert, _, first, end, column_tile = block_at(
+                block, column_tiles, ends, offsets_ptr, rows, num_experts, BLOCK_M, GROUP_M
+            )
+            column = column_tile * BLOCK_N + (item % 2 * (BLOCK_N // 2) if halves else 0)
+            terms = tl.where(expert < num_experts, depth, 0) if REST else depth
+            tile = _product(
+                a,
+                b_half if halves else b,
+                index_ptr,
+                expert,
+                first,
+                end,
+                column,
+                width,
+                depth,
+                terms,
+                stride_a_row,
+                stride_a_k,
+                stride_b_expert,
+                stride_b_row,
+                stride_b_k,
+                TOP_K,
+                PARTS,
+                EVEN,
+                WIDE_A,
+                WIDE_B,
+                TMA_A,
+                TMA_B,
+                SWAP,
+                BLOCK_M,
+                BLOCK_N // (1 + halves),
+                BLOCK_K,
+            )
+            _epilogue(
+                tile,
+                bias_ptr,
+                out_ptr,
+                pre_ptr,
+                expert,
+                first,
+                end,
+                column,
+                width,
+                num_experts,
+                stride_bias_expert,
+                stride_bias_row,
+                ACTIVATION,
+                PARTS,
+                BLOCK_M,
+                BLOCK_N // (1 + halves),
+                PIECE,
+            )
+
+
+@triton.jit
+def _product(
+    a,
+    b,
+    index_ptr,
+    expert,
+    first,
+    end,
+    column,
+    width,
+    depth,
+    terms,
+    stride_a_row,
+    stride_a_k,
+    stride_b_expert,
+    stride_b_row,
+    stride_b_k,
+    TOP_K: tl.constexpr,
+    PARTS: tl.constexpr,
+    EVEN: tl.constexpr,
+    WIDE_A: tl.constexpr,
+    WIDE_B: tl.constexpr,
+    TMA_A: tl.constexpr,
+    TMA_B: tl.constexpr,
+    SWAP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """[BLOCK_M, PARTS * BLOCK_N] float32: rows from `first` times matrix rows from `column`, of gate and then of up."""
     ks = tl.arange(0, BLOCK_K)
-    # Hoisting the epilogue's addresses out of this loop would keep them in registers during the product.
-    for block in tl.range(tl.program_id(0), blocks, tl.num_programs(0), flatten=FLATTEN, disable_licm=True):
-        expert, _, first, end, column_tile = block_at(
-            block, column_tiles, ends, offsets_ptr, rows, num_experts, BLOCK_M, GROUP_M
-        )
-        column = column_tile * BLOCK_N
-        row = first + tl.arange(0, BLOCK_M)
-        if not TMA_A:
-            source = tl.minimum(row, end - 1)
-            if index_ptr is not None:
-                source = tl.load(index_ptr + source) // TOP_K
-            a_places = _wide(source, WIDE_A)[:, None] * stride_a_row + (_wide(ks, WIDE_A) * stride_a_k)[None, :]
-        if not TMA_B:
-            n = tl.arange(0, PARTS * BLOCK_N)
-            b_row = n // BLOCK_N * width + tl.minimum(column + n % BLOCK_N, width - 1)
-            matrix = b + expert.to(tl.int64) * stride_b_expert
-            b_places = _wide(b_row, WIDE_B)[:, None] * stride_b_row + (_wide(ks, WIDE_B) * stride_b_k)[None, :]
+    if not TMA_A:
+        source = tl.minimum(first + tl.arange(0, BLOCK_M), end - 1)
+        if index_ptr is not None:
+            source = tl.load(index_ptr + source) // TOP_K
+        a_places = _wide(source, WIDE_A)[:, None] * stride_a_row + (_wide(ks, WIDE_A) * stride_a_k)[None, :]
+    if not TMA_B:
+        n = tl.arange(0, PARTS * BLOCK_N)
+        b_row = n // BLOCK_N * width + tl.minimum(column + n % BLOCK_N, width - 1)
+        matrix = b + expert.to(tl.int64) * stride_b_expert
+        b_places = _wide(b_row, WIDE_B)[:, None] * stride_b_row + (_wide(ks, WIDE_B) * stride_b_k)[None, :]
+    acc = tl.zeros((PARTS * BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, PARTS * BLOCK_N), tl.float32)
+    for k in tl.range(0, terms, BLOCK_K):
+        some = (ks < depth - k)[None, :]
+        if TMA_A:
+            a_tile = a.load([first, k])
+        elif EVEN:
+            a_tile = tl.load(a + _wide(k, WIDE_A) * stride_a_k + a_places)
+        else:
+            a_tile = tl.load(a + _wide(k, WIDE_A) * stride_a_k + a_places, mask=some, other=0.0)
+        if TMA_B:
+            b_tile = b.load([expert * PARTS, column, k]).reshape(PARTS * BLOCK_N, BLOCK_K)
+        elif EVEN:
+            b_tile = tl.load(matrix + _wide(k, WIDE_B) * stride_b_k + b_places)
+        else:
+            b_tile = tl.load(matrix + _wide(k, WIDE_B) * stride_b_k + b_places, mask=some, other=0.0)
+        if SWAP:
+            acc = tl.dot(b_tile, a_tile.T, acc, input_precision="ieee")
+        else:
+            acc = tl.dot(a_tile, b_tile.T, acc, input_precision="ieee")
+    return acc.T if SWAP else acc
 
-        acc = tl.zeros((PARTS * BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, PARTS * BLOCK_N), tl.float32)
-        terms = tl.where(expert < num_experts, depth, 0) if REST else depth
-        for k in tl.range(0, terms, BLOCK_K):
-            some = (ks < depth - k)[None, :]
-            if TMA_A:
-                a_tile = a.load([first, k])
-            elif EVEN:
-                a_tile = tl.load(a + _wide(k, WIDE_A) * stride_a_k + a_places)
-            else:
-                a_tile = tl.load(a + _wide(k, WIDE_A) * stride_a_k + a_places, mask=some, other=0.0)
-            if TMA_B:
-                b_tile = b.load([expert * PARTS, column, k]).reshape(PARTS * BLOCK_N, BLOCK_K)
-            elif EVEN:
-                b_tile = tl.load(matrix + _wide(k, WIDE_B) * stride_b_k + b_places)
-            else:
-                b_tile = tl.load(matrix + _wide(k, WIDE_B) * stride_b_k + b_places, mask=some, other=0.0)
-            if SWAP:
-                acc = tl.dot(b_tile, a_tile.T, acc, input_precision="ieee")
-            else:
-                acc = tl.dot(a_tile, b_tile.T, acc, input_precision="ieee")
 
-        tile = acc.T if SWAP else acc
-        PIECES: tl.constexpr = BLOCK_N // PIECE
-        for piece in tl.static_range(PIECES):
-            columns = column + piece * PIECE + tl.arange(0, PIECE)
-            exists = columns < width
-            inside = (row < end)[:, None] & exists[None, :]
-            value = columns_of(tile, piece, PARTS * PIECES)
-            up = value
+@triton.jit
+def _epilogue(
+    tile,
+    bias_ptr,
+    out_ptr,
+    pre_ptr,
+    expert,
+    first,
+    end,
+    column,
+    width,
+    num_experts,
+    stride_bias_expert,
+    stride_bias_row,
+    ACTIVATION: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PIECE: tl.constexpr,
+):
+    """Bias, pre-activation, activation: PIECE columns at a time, because more would not fit into the registers."""
+    dtype = out_ptr.dtype.element_ty
+    row = first + tl.arange(0, BLOCK_M)
+    PIECES: tl.constexpr = BLOCK_N // PIECE
+    for piece in tl.static_range(PIECES):
+        columns = column + piece * PIECE + tl.arange(0, PIECE)
+        exists = columns < width
+        inside = (row < end)[:, None] & exists[None, :]
+        value = columns_of(tile, piece, PARTS * PIECES)
+        up = value
+        if PARTS == 2:
+            up = columns_of(tile, PIECES + piece, 2 * PIECES)
+        if bias_ptr is not None:
+            bias = bias_ptr + expert.to(tl.int64) * stride_bias_expert + columns * stride_bias_row
+            wanted = exists & (expert < num_experts)
+            value += tl.load(bias, mask=wanted, other=0.0).to(tl.float32)[None, :]
             if PARTS == 2:
-                up = columns_of(tile, PIECES + piece, 2 * PIECES)
-            if bias_ptr is not None:
-                bias = bias_ptr + expert.to(tl.int64) * stride_bias_expert + columns * stride_bias_row
-                wanted = exists & (expert < num_experts)
-                value += tl.load(bias, mask=wanted, other=0.0).to(tl.float32)[None, :]
-                if PARTS == 2:
-                    up += tl.load(bias + width * stride_bias_row, mask=wanted, other=0.0).to(tl.float32)[None, :]
-            if pre_ptr is not None:
-                pre = pre_ptr + row.to(tl.int64)[:, None] * (PARTS * width) + columns[None, :]
-                tl.store(pre, value.to(dtype), mask=inside)
-                if PARTS == 2:
-                    tl.store(pre + width, up.to(dtype), mask=inside)
-            value = activate(value, up, ACTIVATION)
-            tl.store(out_ptr + row.to(tl.int64)[:, None] * width + columns[None, :], value.to(dtype), mask=inside)
+                up += tl.load(bias + width * stride_bias_row, mask=wanted, other=0.0).to(tl.float32)[None, :]
+        if pre_ptr is not None:
+            pre = pre_ptr + row.to(tl.int64)[:, None] * (PARTS * width) + columns[None, :]
+            tl.store(pre, value.to(dtype), mask=inside)
+            if PARTS == 2:
+                tl.store(pre + width, up.to(dtype), mask=inside)
+        value = activate(value, up, ACTIVATION)
+        tl.store(out_ptr + row.to(tl.int64)[:, None] * width + columns[None, :], value.to(dtype), mask=inside)
 
 
 @triton.jit

@@ -33,6 +33,8 @@ PATHS = {
     "pointers": (PLAIN, "gelu_tanh", False),
     "pointers, gated": (Config(16, 32, 32, warps=4, stages=2, piece=8), "geglu", False),
     "tma, groups": (PLAIN._replace(group_m=1, programs=3), "gelu_tanh", True),
+    "halves": (PLAIN._replace(piece=8, programs=4, split=True), "relu2", False),
+    "halves, tma, gated": (PLAIN._replace(piece=8, programs=4, split=True), "swiglu", True),
     "tma, gated": (Config(32, 16, 32, warps=4, stages=2, piece=8), "swiglu", True),
     "swap": (Config(16, 32, 32, warps=4, stages=2, swap=True), "silu", False),
     "swap, tma, gated": (Config(16, 32, 16, warps=4, stages=2, swap=True), "geglu", True),
@@ -190,7 +192,7 @@ def test_few_blocks_are_small_ones(monkeypatch: pytest.MonkeyPatch):
         return config.block_m, config.block_n
 
     assert block(32768, 2048) == block(16384, 1024) == (128, 256)
-    assert block(2048, 512) == (128, 128)  # 96 blocks; of 128 x 256 there would be 48
+    assert block(2048, 512) == (128, 256)  # 48 blocks in halves; of 64 x 128 there would be 160, two rounds
     assert block(1024, 256) == (64, 128)
     assert block(32768, 2048, 80) == (128, 128)
 
