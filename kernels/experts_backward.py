@@ -42,7 +42,7 @@ launch with a plain grid, the blocks of the expert with most rows first: the har
 longest that is left. With n blocks per expert and S multiprocessors, the longest block does not outlast the average
 multiprocessor as long as no expert has more than n / S of all rows. For H = 2048, I = 512 and blocks of 128 x 256 n is
 64: up to half of all rows on an H200, and from I = 1024 on all of them. That is why the token axis is not split: parts
-of the gradients in float32 would take E H (I_up + I) * 4 bytes and one more pass, where the order alone will do.
+of the gradients in float32 would take 4 E H (I_up + I) bytes and one more pass, for loads that the order alone covers.
 
 Same inputs, same bits: no atomics. Sums over rows (weights, biases) depend in their order on the loads; those of a row
 (dx, dw) on neither the loads nor the number of rows. `w a` and dP are rounded to the dtype of x, as the reference

@@ -21,13 +21,14 @@ Backward: `row_gradients` chooses by the same count of cycles, for two products 
 tile what the other reads; few rows add blocks of 64 x 64, as many programs as it takes to stream the matrices. The
 epilogue works on 32 columns at a time: with 64 the compiler spills registers, and what is stored per piece must not
 change with the load. `matrix_gradient` sums over the rows in blocks whose number does not depend on the load: the
-largest. A row is found by an index that has to arrive first, and Triton spends two of five stages on it: three buffers
-of 48 KiB remain, on A100 three of 16 KiB.
+largest. A row is found by an index that has to arrive first, for which Triton takes stages of its own: of five there
+remain three buffers, of 48 KiB, on A100 of seven three of 16 KiB.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -158,23 +159,31 @@ def path_of_table(chip: int) -> Path:
     return FOLDER / f"experts-sm_{chip}.json"
 
 
-FEW = {80: Config(64, 64, 32, warps=4, stages=5, programs=2), 90: Config(64, 64, 64, warps=4, stages=5, programs=2)}
+# Block shapes of the backward's products that give a row for each row.
+ROW_BLOCKS = {
+    80: (Config(128, 128, 32, 8, 4), Config(64, 128, 32, 4, 4, programs=2), Config(64, 64, 32, 4, 5, programs=2)),
+    90: (
+        Config(128, 256, 64, warps=8, stages=4),
+        Config(128, 128, 64, warps=8, stages=5),
+        Config(64, 128, 64, warps=4, stages=4, programs=2),
+        Config(64, 64, 64, warps=4, stages=5, programs=2),
+    ),
+}
 
 
-def row_gradients(products: list[Product], device: torch.device) -> list[Config]:
+def row_gradients(products: Sequence[Product], device: torch.device) -> list[Config]:
     """For products of the backward that give a row for each row: configurations of equal `block_m`."""
     if INTERPRETED:
         return [Config(64, 64, 64, warps=4, stages=1)] * len(products)
     if products[0].dtype == torch.float32:
         return [Config(64, 64, 16, warps=4, stages=2, programs=2)] * len(products)
     chip = chip_of(device)
-    shapes = [config._replace(piece=32, split=False) for config in (*BLOCKS[chip], FEW[chip])]
 
     def cycles(config: Config, product: Product) -> float:
         return _cycles(config, product, chip, multiprocessors(device)) * product.depth
 
     def best(height: int) -> list[Config]:
-        tall = [config for config in shapes if config.block_m == height]
+        tall = [config for config in ROW_BLOCKS[chip] if config.block_m == height]
         return [min(tall, key=lambda config: cycles(config, product)) for product in products]
 
     return min((best(128), best(64)), key=lambda configs: sum(map(cycles, configs, products)))
@@ -186,10 +195,9 @@ def matrix_gradient(dtype: torch.dtype, gather: bool, device: torch.device) -> C
         return Config(64, 64, 64, warps=4, stages=1)
     if dtype == torch.float32:
         return Config(64, 64, 16, warps=4, stages=2)
-    stages = 5 if gather else 3
-    return (
-        Config(128, 256, 64, warps=8, stages=stages) if chip_of(device) >= 90 else Config(128, 128, 32, 8, stages + 2)
-    )
+    if chip_of(device) >= 90:
+        return Config(128, 256, 64, warps=8, stages=5 if gather else 3)
+    return Config(128, 128, 32, warps=8, stages=7 if gather else 4)
 
 
 def takes_tma(x: Tensor) -> bool:
