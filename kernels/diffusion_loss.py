@@ -14,18 +14,20 @@ Figures below are for bfloat16 on an H200: 790 TFLOP/s, 4.3 TB/s.
 **Why library products.** All three are dense products of thousands in each dimension, what vendor libraries do best.
 Statistics in the epilogue of the first would save one read of z, 2 of the 6 bytes per logit that the two Triton kernels
 move. Those take 1.4 ps per logit beside the 15.6 ps of its 6 H FLOPs (H = 2048), so 3 % is at stake, and a product that
-is not the library's loses more. Floor for R = 4096, H = 2048, V = 58498: 3.7 ms for 2.94 TFLOP, 0.34 ms for the Triton
-kernels, which wait for memory and share nothing with the products. Expected: 85 % of the 4.1 ms' rate.
+is not the library's loses more. Floor for R = 4096, H = 2048, V = 58498: 3.7 ms for 2.94 TFLOP, and 0.34 ms for the
+Triton kernels, which are bound by memory: 4.1 ms. Expected: 85 % of that rate.
 
 **Why chunks of rows**, when chunks of columns would finish dW at once: those need the softmax first, so all logits
 twice, 8 R H V FLOPs for 6. Rows cost the float32 sum of dW that each chunk adds to, 8 V H bytes against 6 C V H FLOPs:
 245 / C of the time of the products where nothing of it overlaps, 12 % for C = 2048.
 
 **Rows of a chunk.** C = max(1024, H): its logits take as much memory as the gradient of the head, which the caller
-asked for, and the float32 sums take twice that, or nothing where the head is float32. One chunk alone needs no such
-sums; so up to C + 2 H rows of a 16-bit head are one chunk, which takes no more memory than two, and less time. Values
-alone need no dW: C = 1024, which reads the head at 1024 FLOPs a byte. To keep a chunk in the L2 cache between the
-kernels it would have to be 200 rows or so (V = 58498: 117 KB a row): too few for the products.
+asked for. The float32 sums take twice that, as much as the logits of 2 H rows, or nothing where the head is float32.
+One chunk alone needs no such sums; so up to C + 2 H rows of a 16-bit head are one chunk, which takes no more memory
+than two, and less time. Values alone need no dW: C = 1024, which reads the head at 1024 FLOPs a byte. To stay in the
+L2 cache between the kernels a chunk could have 200 rows or so (V = 58498: 117 KB a row): too few for the products.
+
+Extra memory, H = 2048: 480 MB for R = 4096 and V = 58498, one chunk; 101 MB for R = 8192 and the V = 8192 codes, four.
 
 Rows of a chunk are padded to 64 columns, so that the Triton kernels move 16 bytes a thread and the library sees aligned
 rows whatever V is. Ignored rows take part in the products, as zeros, since counting them would wait for the device:

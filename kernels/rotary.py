@@ -3,7 +3,7 @@
 Semantics: unif2ace/ops/rotary.py. N = T * heads rows of `dim` numbers, read in place by any strides (the views of a
 fused projection), written densely. A program owns a tile of whole rows, so that statistics stay in registers. Rotation
 pairs dimension i with r + i, which no thread holds both of if a row is loaded in one piece; so rows are loaded as
-three: [0, r), [r, 2 r) and the rest. Each starts at a multiple of r: its loads are wide where r is a multiple of 8.
+three: [0, r), [r, 2 r) and the rest. Each starts at a multiple of r, so that its loads are wide where r is one of 8.
 
     forward    reads x, writes y:                    2 N dim elements
     backward   reads x and g = dL/dy, writes dx:     3 N dim elements; nothing is kept from forward
@@ -28,10 +28,10 @@ from torch import Tensor
 
 from unif2ace.kernels._device import INTERPRETED
 
-# Numbers of a tile: with 2 warps, 32 a thread, 8 of each turned half where r is a quarter of dim: 16-byte loads.
-# Backward holds four tiles (x, g and the sums of both gradients), each half as large: 128 registers instead of 235,
-# and twice the warps to hide its arithmetic behind, for 8-byte loads of the turned halves. The interpreter likes few.
-_FORWARD_TILE, _BACKWARD_TILE = (1 << 14, 1 << 14) if INTERPRETED else (2048, 1024)
+# Numbers of a tile: with 2 warps, 16 a thread. Where r is a quarter of dim that is 16 bytes of the rest of a row and 8
+# of each turned half. Twice as many would load 16 everywhere, but spill in forward and take 235 registers in backward,
+# which holds four tiles: x, g and the sums of both gradients. The interpreter likes few programs.
+_TILE = 1 << 13 if INTERPRETED else 1024
 _PROGRAMS = 1024  # of backward, at most: eight for each multiprocessor of an H100
 _WARPS = 2
 
@@ -61,10 +61,11 @@ def _load_head(
 
 @triton.jit
 def _rows(tile, N, heads, ROWS: tl.constexpr):
-    """Rows, tokens and heads of a tile, [ROWS, 1]. In 32 bits, unless N takes more: the division is quicker there."""
-    rows = ((tile + 0 * N) * ROWS + tl.arange(0, ROWS))[:, None]
-    tokens = rows // heads
-    return rows.to(tl.int64), tokens.to(tl.int64), (rows - tokens * heads).to(tl.int64)
+    """Rows, tokens and heads of a tile, int64 [ROWS, 1]. Divided in 32 bits, which is quicker, unless N takes more."""
+    rows = (tile.to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    narrow = rows.to((tile + 0 * N).dtype)
+    tokens = narrow // heads
+    return rows, tokens.to(tl.int64), (narrow - tokens * heads).to(tl.int64)
 
 
 @triton.jit
@@ -198,7 +199,7 @@ def _backward_kernel(
 def rotate_heads(x: Tensor, weight: Tensor, bias: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
     """The registered op of the same name."""
     (tokens, heads, _), y = x.shape, x.new_empty(x.shape)
-    shape = _constants(x, cos, _FORWARD_TILE)
+    shape = _constants(x, cos)
     tiles = triton.cdiv(tokens * heads, shape["ROWS"])
     if tiles:
         inputs = (value for tensor in (x, weight, bias) for value in (tensor, tensor.stride()))
@@ -212,7 +213,7 @@ def rotate_heads_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The registered op of the same name."""
     (tokens, heads, dim), grad_x = x.shape, x.new_empty(x.shape)
-    shape = _constants(x, cos, _BACKWARD_TILE)
+    shape = _constants(x, cos)
     tiles = triton.cdiv(tokens * heads, shape["ROWS"])
     each = triton.cdiv(tiles, _PROGRAMS)
     programs = triton.cdiv(tiles, each) if tiles else 0
@@ -227,11 +228,11 @@ def rotate_heads_backward(
     return grad_x, grad_weight, grad_bias
 
 
-def _constants(x: Tensor, cos: Tensor, tile: int) -> dict[str, int]:
+def _constants(x: Tensor, cos: Tensor) -> dict[str, int]:
     """Sizes of the three pieces, the powers of two that hold them, and rows of a tile."""
     dim, r = x.shape[2], cos.shape[1]
     rest = dim - 2 * r
     r_p, rest_p = triton.next_power_of_2(max(r, 1)), triton.next_power_of_2(max(rest, 1))
     held = 2 * r_p * (r > 0) + rest_p * (rest > 0)  # numbers of a row, rounded up
-    rows = triton.next_power_of_2(max(1, tile // held) + 1) // 2
+    rows = triton.next_power_of_2(max(1, _TILE // held) + 1) // 2
     return {"R": r, "REST": rest, "ROWS": rows, "R_P": r_p, "REST_P": rest_p}
