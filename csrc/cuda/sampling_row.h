@@ -150,6 +150,14 @@ __device__ __forceinline__ float exp2_of(float x) {
 #endif
 }
 
+// log of the noise's contract, for positive normal y; NaN stays NaN. It has no division, as log_positive has.
+__device__ __forceinline__ float log_of(float y) {
+  float f, n;
+  split_exponent(y, f, n);
+  const float log_y = log1p_core(f, n);
+  return y == y ? log_y : y;
+}
+
 // What to subtract before exponentials: where nothing but -inf has come so far, -inf - -inf would be NaN.
 __device__ __forceinline__ float finite(float high) {
   return high == -INFINITY ? 0.0f : high;
