@@ -113,6 +113,15 @@ class ModelShape:
 
 
 @dataclass(frozen=True)
+class GenerationShape:
+    """A batch of faces drawn by a model of `unif2ace.evaluation.speed`."""
+
+    model: str
+    faces: int
+    steps: int = 18
+
+
+@dataclass(frozen=True)
 class LinearShape:
     """M = rows of width K times a matrix of `columns` rows: a projection."""
 
@@ -252,6 +261,14 @@ MODELS = {
     "random-1.8b": ModelShape(32, 4, (24, 8), update=False),
 }
 
+GENERATION = {
+    "avatars-tiny-1": GenerationShape("avatars-tiny", 1),
+    "avatars-tiny-32": GenerationShape("avatars-tiny", 32),
+    "random-100m-1": GenerationShape("random-100m", 1),
+    "random-100m-32": GenerationShape("random-100m", 32, 4),  # a step takes seconds on a laptop
+    "random-1.8b-32": GenerationShape("random-1.8b", 32, 6),
+}
+
 LINEAR = {
     "decode-8": LinearShape(8, 2048, 6144),
     "train": LinearShape(8192, 2048, 6144),
@@ -286,6 +303,7 @@ SHORT = {
         "rotary": ("laptop",),
         "e2e": ("avatars-tiny",),
         "transformers": ("qwen3_moe-512", "qwen3_moe-decode-4"),
+        "generation": ("avatars-tiny-1",),
     },
     "cuda": {
         "experts": ("decode-1", *EXPERTS_GRID, "h100-liger", "h100-sonic"),
@@ -298,11 +316,13 @@ SHORT = {
         "rotary": ("generate-32",),
         "linear": ("decode-8", "train"),
         "transformers": ("qwen3_moe-30b",),
+        "generation": ("random-1.8b-32",),
     },
 }
 
 
-GPU_ONLY = {"random-1.8b", "qwen3_moe-30b", *EXPERTS_GRID}  # on a CPU only when named, whatever else is asked for
+# On a CPU only when named, whatever else is asked for.
+GPU_ONLY = {"random-1.8b", "random-1.8b-32", "qwen3_moe-30b", *EXPERTS_GRID}
 
 
 def token_groups(shape: RoutingShape) -> list[int] | None:

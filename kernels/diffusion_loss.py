@@ -27,6 +27,8 @@ One chunk alone needs no such sums; so up to C + 2 H rows of a 16-bit head are o
 than two, and less time. Values alone need no dW: C = 1024, which reads the head at 1024 FLOPs a byte. To stay in the
 L2 cache between the kernels a chunk could have 200 rows or so (V = 58498: 117 KB a row): too few for the products.
 
+Extra memory, H = 2048: 480 MB for R = 4096 and V = 58498, one chunk; 101 MB for R = 8192 and the V = 8192 codes, four.
+
 Rows of a chunk are padded to 64 columns, so that the Triton kernels move 16 bytes a thread and the library sees aligned
 rows whatever V is. Ignored rows take part in the products, as zeros, since counting them would wait for the device:
 who knows them on the host leaves them out. A target outside of the columns, which only a CPU can refuse, makes loss and

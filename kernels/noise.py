@@ -3,15 +3,15 @@
 That file defines counter, words and the way from a word to a Gumbel number; here are only the points where Triton needs
 care to give the same bits:
 
-* `tl.philox` with four uint32 counters and a 64-bit seed is exactly the generator of the contract; how `tl.rand` and
+* `tl.philox` with four uint32 counters and a 64-bit seed is exactly the generator of the contract. How `tl.rand` and
   `tl.randint4x` make counters of offsets differs between releases, so they are not used.
-* A counter gives the words of four consecutive codes. `join` and `reshape` put them in the order of the codes; both
-  move no data where a thread owns four consecutive codes, which a 16-byte load of logits gives it.
+* A counter gives the words of four consecutive codes; a kernel that needs them all takes them as four tensors, since
+  putting them in the order of the codes may move data between threads.
 * No operation may be fused or approximated: every kernel that calls these functions has to be launched with
-  `enable_fp_fusion=False`, and they use +, -, *, comparisons and integer operations only.
+  `enable_fp_fusion=False`, and they use +, -, *, comparisons, conversions and integer operations only.
 
-Cost: about 10 integer operations per word (40 multiplications and as many xors per counter), 45 float operations per
-Gumbel number, 8 per bound.
+Cost, in instructions on Hopper: 60 per counter (40 of them multiplications, since the two halves of a product are two
+instructions), 55 per Gumbel number, 5 per bound.
 """
 
 import triton
@@ -29,11 +29,11 @@ _SERIES_LIMIT = tl.constexpr(_noise.SERIES_LIMIT)
 def block_words(seed, position, step, stream, block):
     """The words of the codes 4 j .. 4 j + 3 for every j of `block`, as four uint32 tensors.
 
-    The arguments are integers whose shapes broadcast; seeds use all 64 bits, the others their low 32.
+    The arguments are integer tensors whose shapes broadcast, `stream` is one number; seeds use all 64 bits, the others
+    their low 32.
     """
-    c0, c1 = tl.to_tensor(block).to(tl.uint32), tl.to_tensor(position).to(tl.uint32)
-    c2, c3 = tl.to_tensor(step).to(tl.uint32), tl.to_tensor(stream).to(tl.uint32)
-    return tl.philox(seed, c0, c1, c2, c3)
+    c0, c1, c2 = block.to(tl.uint32), position.to(tl.uint32), step.to(tl.uint32)
+    return tl.philox(seed, c0, c1, c2, tl.full(c0.shape, stream, tl.uint32))
 
 
 @triton.jit

@@ -18,7 +18,7 @@ gathered. The tile's shape and warps follow from E alone: a row's sums run in th
 
 Cost: T * E logits read once; 16 T K bytes of plan and 4 T of logsumexp written, the rank (4 T K) written and read; per
 tile 16 E bytes in between. For 8192 tokens, 16 experts, k = 4 in bfloat16: 1.1 MB, 0.3 us at 4 TB/s. So the floor is
-latency: three dependent launches of some 2 us each. Backward: 2 T E logits' bytes + 8 T K, one launch.
+the latency of three launches that wait for each other. Backward: logits read, their gradient written, 8 T K bytes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from torch import Tensor
 from unif2ace.kernels._device import INTERPRETED, multiprocessors
 from unif2ace.kernels._numerics import exp_nonpositive, log_positive, log_sigmoid, ordered_key, sigmoid
 
-MAX_EXPERTS = 2048  # one row of 8 warps, 8 columns per thread
+MAX_EXPERTS = 1024  # of 2048, _rows spills on sm_90
 
 _TAKEN = tl.constexpr(-(2**31))  # key of columns that are taken or not seen: below the keys of all floats
 _SCAN_TILES, _SCAN_EXPERTS = 128, 16  # tile of _scan: 64-byte pieces of rows
@@ -83,29 +83,10 @@ def _load_tile(logits, stride_t, stride_e, token_group, T, tile, E: tl.constexpr
 
 
 @triton.jit
-def _rows(
-    logits,
-    stride_t,
-    stride_e,
-    token_group,
-    selection_bias,
-    scale,
-    weights,
-    experts,
-    rank,
-    logsumexp,
-    tile_load,
-    tile_probability,
-    tile_seen,
-    T,
-    E: tl.constexpr,
-    K: tl.constexpr,
-    BOUNDS: tl.constexpr,
-    SIGMOID: tl.constexpr,
-    RENORMALIZE: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-):
+def _rows(logits, stride_t, stride_e, token_group, selection_bias, scale, weights, experts, rank, logsumexp,
+          tile_load, tile_probability, tile_seen, T, E: tl.constexpr, K: tl.constexpr, BOUNDS: tl.constexpr,
+          SIGMOID: tl.constexpr, RENORMALIZE: tl.constexpr, BLOCK_T: tl.constexpr,
+          BLOCK_E: tl.constexpr):  # fmt: skip
     tile = tl.program_id(0)
     t, e, inside, x, seen = _load_tile(logits, stride_t, stride_e, token_group, T, tile, E, BOUNDS, BLOCK_T, BLOCK_E)
     numerator, largest, total = _softmax(x, seen)
@@ -198,38 +179,18 @@ def _scatter(experts, load, before, offsets, order, position, slots, E: tl.const
 
 
 @triton.jit
-def _rows_backward(
-    grad_weights,
-    grad_weights_strides,
-    grad_importance,
-    grad_importance_stride,
-    grad_logsumexp,
-    grad_logsumexp_stride,
-    logits,
-    stride_t,
-    stride_e,
-    experts,
-    token_group,
-    scale,
-    grad_logits,
-    T,
-    tiles,
-    E: tl.constexpr,
-    K: tl.constexpr,
-    BOUNDS: tl.constexpr,
-    SIGMOID: tl.constexpr,
-    RENORMALIZE: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+def _rows_backward(grad_weights, grad_stride_t, grad_stride_k, grad_importance, grad_importance_stride, grad_logsumexp,
+                   grad_logsumexp_stride, logits, stride_t, stride_e, experts, token_group, scale, grad_logits, T,
+                   tiles, E: tl.constexpr, K: tl.constexpr, BOUNDS: tl.constexpr, SIGMOID: tl.constexpr,
+                   RENORMALIZE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
+                   BLOCK_C: tl.constexpr):  # fmt: skip
     """With q = softmax(z), w = softmax(z over the chosen), s = the scores, G = scale * grad_weights, m = the gradient
     of the mean: dz = q (m - sum q m), + w (G - sum G w) or s G [- q sum s G if softmax], then dx from z and logsumexp.
     """
     e = tl.arange(0, BLOCK_E)
-    mean_of = _tokens_seeing(token_group, T, e, BOUNDS, BLOCK_C)
+    seeing = _tokens_seeing(token_group, T, e, BOUNDS, BLOCK_C)
     m = tl.load(grad_importance + e * grad_importance_stride, mask=e < E, other=0.0)
-    m = tl.div_rn(m, tl.maximum(mean_of, 1).to(tl.float32))[None, :]
+    m = tl.div_rn(m, tl.maximum(seeing, 1).to(tl.float32))[None, :]
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         t, e, inside, x, seen = _load_tile(
             logits, stride_t, stride_e, token_group, T, tile, E, BOUNDS, BLOCK_T, BLOCK_E
@@ -238,9 +199,7 @@ def _rows_backward(
         chosen = tl.zeros([BLOCK_T, BLOCK_E], tl.int1)
         for k in range(K):
             at = tl.load(experts + t * K + k, mask=inside, other=0)
-            g = tl.load(
-                grad_weights + t * grad_weights_strides[0] + k * grad_weights_strides[1], mask=inside, other=0.0
-            )
+            g = tl.load(grad_weights + t * grad_stride_t + k * grad_stride_k, mask=inside, other=0.0)
             hit = (e[None, :] == at[:, None]) & seen
             grad = tl.where(hit, (scale * g)[:, None], grad)
             chosen |= hit
@@ -347,48 +306,21 @@ def route(
         return torch.empty(shape, dtype=dtype, device=logits.device)
 
     weights, logsumexp, importance = (empty(*shape, dtype=torch.float32) for shape in ((T, top_k), (T,), (E,)))
-    experts, offsets, order, position, load = (
-        empty(T, top_k),
-        empty(E + 1),
-        empty(T * top_k),
-        empty(T * top_k),
-        empty(E),
-    )
+    experts, offsets, load = empty(T, top_k), empty(E + 1), empty(E)
+    order, position = empty(T * top_k), empty(T * top_k)
     tile_load, tile_seen, before = empty(3, tiles, E).unbind()
     tile_probability = empty(tiles, E, dtype=torch.float32)
     if tiles:
+        per_token, per_tile = (weights, experts, position, logsumexp), (tile_load, tile_probability, tile_seen)
         _rows[(tiles,)](
-            logits,
-            *logits.stride(),
-            token_group,
-            selection_bias,
-            scale,
-            weights,
-            experts,
-            position,
-            logsumexp,
-            tile_load,
-            tile_probability,
-            tile_seen,
-            T,
-            **constants,
+            logits, *logits.stride(), token_group, selection_bias, scale, *per_token, *per_tile, T, **constants
         )
     _scan[(triton.cdiv(E, _SCAN_EXPERTS),)](
         tile_load, tile_probability, tile_seen, before, load, importance, tiles, E, _SCAN_TILES, _SCAN_EXPERTS
     )
     slots = BLOCK_T * top_k
     _scatter[(max(tiles, 1),)](
-        experts,
-        load,
-        before,
-        offsets,
-        order,
-        position,
-        T * top_k,
-        E=E,
-        SLOTS=slots,
-        BLOCK_S=triton.next_power_of_2(slots),
-        BLOCK_E=BLOCK_E,
+        experts, load, before, offsets, order, position, T * top_k, E, slots, triton.next_power_of_2(slots), BLOCK_E
     )
     return weights, experts, offsets, order, position, load, importance, logsumexp
 
@@ -412,24 +344,15 @@ def route_backward(
     tiles = triton.cdiv(T, constants["BLOCK_T"])
     if tiles:
         # Each program counts the groups' tokens anew: no more programs than the device can hold at once.
-        _rows_backward[(min(tiles, 2 * multiprocessors(logits.device)),)](
-            grad_weights,
-            grad_weights.stride(),
-            grad_importance,
-            grad_importance.stride(0),
-            grad_logsumexp,
-            grad_logsumexp.stride(0),
-            logits,
-            *logits.stride(),
-            experts.contiguous(),
-            None if token_group is None else token_group.contiguous(),
-            scale,
-            grad_logits,
-            T,
-            tiles,
-            BLOCK_C=max(2048 // triton.next_power_of_2(len(group_bounds) - 1), 16),
-            **constants,
-        )
+        programs = min(tiles, 2 * multiprocessors(logits.device))
+        group = None if token_group is None else token_group.contiguous()
+        grads = (grad_weights, *grad_weights.stride(), grad_importance, *grad_importance.stride())
+        grads += (grad_logsumexp, *grad_logsumexp.stride())
+        chunk = max(2048 // triton.next_power_of_2(len(group_bounds) - 1), 16)
+        _rows_backward[(programs,)](
+            *grads, logits, *logits.stride(), experts.contiguous(), group, scale, grad_logits, T, tiles,
+            BLOCK_C=chunk, **constants,
+        )  # fmt: skip
     return grad_logits
 
 

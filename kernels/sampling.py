@@ -1,31 +1,34 @@
 """Triton kernels of the op `sampling`: logits -> tokens and confidences in one pass, and the choice of what to mask.
 
-**sample_tokens.** One program takes one row of logits (several, where rows are short) in tiles of 2048 codes, in order:
+**sample_tokens.** One program takes one row of logits (several, where rows are short), tile after tile of 2048 codes:
 
-    z      = a * cond - w * uncond                     guidance in float32
-    m, sum = online softmax                            for the confidence z_code - m - log(sum)
-    best   = the largest key z / T + Gumbel, the lowest code among equal keys
+    z     = a * cond - w * uncond                      guidance in float32
+    high  = max z,  total = sum e^(z - high)           online softmax, for the confidence z_code - high - log(total)
+    bound >= z / T + Gumbel                            from random words, without a logarithm
 
-A Gumbel number costs as much as everything else together, so only codes that may win get one: `noise.gumbel_bound`
-turns their random word into an upper bound of the key, and while the bound of some code reaches the best key, the code
-with the largest bound is settled. **The skipping is exact**: products with a positive number, sums and conversions
-round monotonically, so z / T + Gumbel <= z / T + bound holds for the rounded numbers too (csrc/cpu/sampling_row.h has
-the argument at length). A tile holds the best key of the row so far with probability 1 / (its number), so a row of V
-codes settles about H(V / 2048) = 1 + 1/2 + 1/3 + .. codes; a round costs as much as two Gumbel numbers per thread.
+each for 512 *slots*: slot j of a row holds the codes 4 j .. 4 j + 3 of every tile, those that share a Philox counter.
+So the pass has no reduction over threads, and no Gumbel numbers, which cost as much as all the rest together: the bound
+of four codes is their largest z / T plus `noise.gumbel_bound` of their smallest word. Then exact keys are computed for
+the slot with the largest bound, and for the next one while its bound reaches the best key. As bounds are too large by
+0.06 at most where it matters, that is one slot, rarely two. **Nothing is lost**: products with a positive number, sums
+and conversions round monotonically, so that bounds hold for the rounded keys (csrc/cpu/sampling_row.h has the argument
+at length); equal keys go to the lowest code.
 
 Bytes: R*V logits, twice that with guidance, and 40 per row. 8192 guided bfloat16 rows of 8192 codes are 268 MB: 62 us
-at the 4.3 TB/s to which an H200 copies; without guidance 31 us. Operations per logit: 10 integer ones for its word, 3
-for the bound, 9 for guidance, maximum and exponential. Integer multiplications run at half rate, so about 32 issue
-slots, 2.1e9 over the 132 * 128 lanes of an H200 at 1.7 GHz: 75 us. Expected: bound by arithmetic, 0.7 of copy speed
-with guidance and 0.4 without. It wins over any chain of library calls because these read or write the logits ten times.
+at the 4.3 TB/s to which an H200 copies; 31 us without guidance. Instructions, counted in the machine code for Hopper:
+32 per guided logit (26 without guidance), of which 9 are integer multiplications at half rate, plus about 700 per row
+and warp for the winner and the ends. That is 43 (37) per logit, 2.9e9 (2.5e9) on 132 * 128 lanes at 1.75 GHz: 98 us
+(84 us). So arithmetic is the limit; expected are 0.6 of the copy speed with guidance and 0.35 without. (Ten rounds of
+Philox are half of the loop; one counter for four words is already the least.)
 
 **head_sample.** A library product for a chunk of rows, then the kernel above on logits that are still in the L2 cache.
 
-**remask.** One program per image finds the threshold of its `keep_unknown` smallest keys bit by bit, 32 counts over the
-keys instead of a sort; the rows that tie with it compete by position, 64 counts more, in the rare image that has such.
+**remask.** One program per image finds the `keep_unknown`-th smallest key bit by bit: 32 counts over keys that stay in
+the first-level cache, instead of a sort. Where more rows tie with it than are wanted, 64 counts more find the position
+that separates them.
 
-Batch-invariant: tiles and the order of sums depend on V only. (The logits of `head_sample` come from a library, whose
-last bits may depend on the number of rows it multiplies at once.)
+Deterministic and batch-invariant: tiles and the order of sums depend on V only. (The logits of `head_sample` come from
+a library, whose last bits may depend on the number of rows it multiplies at once.)
 """
 
 from __future__ import annotations
@@ -38,8 +41,8 @@ from torch import Tensor
 from unif2ace.kernels import _device, noise
 from unif2ace.ops import _noise
 
-# Codes per tile and program: 16 per thread, that is two 16-byte loads of bfloat16, one tile ahead. Four warps, because
-# with one (and 512 codes) 8192 rows are just two waves of programs, and few rows leave most of the chip idle.
+# Codes per tile: with four warps, 16 per thread, that is two 16-byte loads of bfloat16 (a tile ahead) and four Philox
+# counters, which hide each other's latency. One warp per row would leave a chip idle with a few hundred rows.
 TILE = 2048
 NUM_WARPS = 4
 # Interpreted programs run one after the other at milliseconds each: let them take more rows.

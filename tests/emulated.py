@@ -38,7 +38,8 @@ def why_not() -> str | None:
 
 @cache
 def load(op: str, *names: str) -> SimpleNamespace:
-    """The ops by name, and `setup(multiprocessors, reversed)`: how many blocks run at once, and in which order threads.
+    """The ops by name, `setup(multiprocessors, reversed)`: how many blocks run at once, and in which order threads;
+    and `launches()`: how many kernels were launched so far.
 
     Cost: a few seconds of compiling, once per process.
     """
@@ -56,4 +57,4 @@ def load(op: str, *names: str) -> SimpleNamespace:
         schema = str(getattr(torch.ops.unif2ace_native, name).default._schema)
         library.define(schema.removeprefix("unif2ace_native::"))
     ops = {name: getattr(torch.ops.unif2ace_emulated, name).default for name in names}
-    return SimpleNamespace(**ops, setup=module.emulator_setup, library=library)
+    return SimpleNamespace(**ops, setup=module.emulator_setup, launches=module.emulator_launches, library=library)

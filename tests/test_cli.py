@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from PIL import Image
 
 from tests.tiny import SIZE, tiny_pipeline
@@ -178,6 +179,8 @@ def test_mistakes_are_one_sentence(model, capsys, arguments, sentence):
         (["train", "nowhere.toml", "--out", "out"], "nowhere.toml"),
         (["data", "avatars", "--out", "x", "--seed", "-1"], "seed: expected an integer of at least 0, got -1"),
         (["bench", "flying"], "bench: expected one of generate, train"),
+        (["bench", "routing", "--tune"], "bench: --tune is for experts, whose launches have a table, not for routing"),
+        (["bench", "experts", "--tune", "--shapes", "huge"], "bench: expected shapes of experts among decode-1, "),
         (["demo", "--model", "nope"], "model: expected a bundled name"),
     ],
 )
@@ -185,6 +188,12 @@ def test_other_mistakes_are_one_sentence_too(capsys, arguments, sentence, tmp_pa
     monkeypatch.chdir(tmp_path)
     assert main(arguments) == 2
     assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to measure on")
+def test_tuning_needs_a_gpu(capsys):
+    assert main(["bench", "experts", "--tune"]) == 2
+    assert "bench: --tune measures on a GPU: there is no CUDA device here" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -196,6 +196,7 @@ def build_parser() -> argparse.ArgumentParser:
         "unif2ace bench train --backends reference,native          # training tokens per second",
         "unif2ace bench routing --shapes train,decode-64           # one op, in a checkout of the repository",
         "unif2ace bench experts --backends native --trace t.json   # look at it in chrome://tracing",
+        "unif2ace bench experts --tune --shapes train              # on a GPU: find the launch configurations",
     )
     bench.add_argument(
         "what", nargs="?", default="generate", help="generate, train or the name of an op (default: %(default)s)"
@@ -213,6 +214,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     bench.add_argument(
         "--backends", type=_listed, default=[], metavar="A,B", help="which to time (default: all that run here)"
+    )
+    bench.add_argument(
+        "--tune", action="store_true", help="experts on a GPU: measure launch configurations, write kernels/tuning/"
     )
     bench.add_argument("--trace", metavar="FILE", help="write a Chrome trace with one run of everything timed")
     bench.add_argument("--device", help="cpu or cuda (default: cuda where there is one; for an op: cpu)")

@@ -194,9 +194,12 @@ def doctor(options: argparse.Namespace) -> None:
 def bench(options: argparse.Namespace) -> None:
     """`unif2ace bench`."""
     from unif2ace.evaluation import speed
-    from unif2ace.evaluation.bench import bench_op
+    from unif2ace.evaluation.bench import bench_op, tune_op
 
     _set_threads(options.threads)
+    if options.tune:
+        print(f"table: {tune_op(options.what, options.shapes)}")
+        return
     if options.trace is not None:
         check_folder(Path(options.trace).parent)
     if options.what not in ("generate", "train"):

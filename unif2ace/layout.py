@@ -66,7 +66,8 @@ class SequenceLayout:
 def ranges(starts: Sequence[int], lengths: Sequence[int]) -> Tensor:
     """Concatenation of start .. start + length - 1 over the sequences, [sum of lengths] int64, on the host."""
     begin, count = torch.tensor(starts, dtype=torch.int64), torch.tensor(lengths, dtype=torch.int64)
-    shift = (begin - count.cumsum(0) + count).repeat_interleave(count)  # no Python loop over rows
+    # No Python loop over rows.
+    shift = (begin - count.cumsum(0) + count).repeat_interleave(count, output_size=sum(lengths))
     return torch.arange(shift.numel()) + shift
 
 

@@ -12,7 +12,7 @@
 #include "common/routing.h"
 #include "common/topk.h"
 
-namespace unif2ace::routing {
+namespace unif2ace::routing::gpu {
 
 constexpr unsigned kAllLanes = 0xffffffff;
 
@@ -281,4 +281,4 @@ __device__ __forceinline__ void backward_row(const Team& team, const Rule& rule,
     for (int c = 0; c < kPart; ++c) dx[c] = dx[c] * sigmoid(-x[c]) + p[c] * grad_logsumexp;
 }
 
-}  // namespace unif2ace::routing
+}  // namespace unif2ace::routing::gpu

@@ -2,13 +2,18 @@
 // sampling_row.h and remask_image.h.
 //
 // Cost of sample_tokens: R*V logits are read once, twice that with guidance; 8192 guided bfloat16 rows of 8192 codes
-// are 268 MB, 62 us at the 4.3 TB/s to which an H200 copies. Per logit about 10 integer operations for its random word,
-// 3 float ones for the bound, 4 or 7 for softmax and guidance, and a conversion: with integer multiplications at half
-// rate some 30 issue slots, 70 us on an H200. So both limits are near each other, and 0.7 of copy speed is what to
-// expect with guidance, 0.4 without.
+// are 268 MB, 62 us at the 4.3 TB/s to which an H200 copies. Instructions, counted in the machine code for Hopper: 31
+// per guided logit (26 without guidance), of which 5 are wide integer multiplications, plus about 600 per row and warp;
+// that is 40 (35) per logit, 91 us (79 us) on 132 * 128 lanes at 1.75 GHz. So arithmetic is the limit; expected are
+// 0.65 of the copy speed with guidance and 0.4 without.
 //
 // head_sample is the library's product of a chunk of rows, then the same kernel while the logits are in the L2 cache.
 // The chunk depends on V and the device only; the last bits of the product may depend on its number of rows.
+//
+// Registers and spills without a device (`unif2ace doctor --kernels` shows them too), with T for torch's include
+// folder:
+//   nvcc -cubin -arch=sm_90a -std=c++17 -O3 --fmad=false -Xptxas -v -DUSE_CUDA
+//     -DTORCH_TARGET_VERSION=0x020a000000000000 -Icsrc -I$T -I$T/torch/csrc/api/include csrc/cuda/sampling.cu
 #include <algorithm>
 #include <tuple>
 
@@ -264,7 +269,7 @@ struct Images {
   bool* mask;
 };
 
-__global__ void __launch_bounds__(kRemaskThreads) remask_kernel(Images a) {
+__global__ void __launch_bounds__(kRemaskThreads, 4) remask_kernel(Images a) {
   const int64_t image = blockIdx.x;
   // Offsets nobody has checked must not lead out of the tensors.
   const int64_t begin = a.offsets[image], end = a.offsets[image + 1];

@@ -45,7 +45,7 @@ inline dim3 threadIdx, blockIdx, blockDim, gridDim;  // of the running fiber
 
 namespace emulator {
 
-inline int multiprocessors = 2;
+inline int multiprocessors = 2, launches = 0;
 inline bool reversed = false;
 inline long events = 0;  // of any kind: when nothing happens any more, somebody waits in vain
 constexpr size_t kStack = 128 << 10, kGuard = 64;
@@ -289,6 +289,7 @@ inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cud
 }
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), const Arguments&... a) {
+  ++emulator::launches;
   emulator::run(config->gridDim, config->blockDim, config->dynamicSmemBytes, [&] { kernel(a...); });
   return cudaSuccess;
 }

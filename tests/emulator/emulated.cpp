@@ -28,6 +28,11 @@ void emulator_setup(int multiprocessors, int reversed) {
   emulator::multiprocessors = multiprocessors;
   emulator::reversed = reversed != 0;
 }
+
+// How many kernels were launched so far.
+int emulator_launches() {
+  return emulator::launches;
+}
 }
 
 #define unif2ace_native unif2ace_emulated

@@ -17,9 +17,21 @@ from unif2ace.ops.routing import grouping_plan
 BACKENDS = available_backends("experts")
 Tensors = dict[str, torch.Tensor]
 
+# Under Triton's interpreter a forward and backward of these sizes takes half a second, and the oracle wants 16 of them.
+SLOW_TRITON = [pytest.mark.slow] if torch.get_default_device().type == "cpu" else []
+
+
+def marked(name: str, *rest: object) -> object:
+    """The parameters of a test that the oracle repeats."""
+    return pytest.param(name, *rest, marks=SLOW_TRITON if name == "triton" else [])
+
+
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
+each_backend_repeated = pytest.mark.parametrize("backend", [marked(name) for name in BACKENDS])
 each_shape = pytest.mark.parametrize("shape", EXPERTS_SMALL.values(), ids=EXPERTS_SMALL.keys())
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+CASES = [(name, dtype) for dtype in DTYPES for name in available_backends("experts", dtype)]
+each_case = pytest.mark.parametrize(("backend", "dtype"), CASES, ids=str)
+each_case_repeated = pytest.mark.parametrize(("backend", "dtype"), [marked(*case) for case in CASES], ids=str)
 
 
 def plan_of(experts: torch.Tensor, weights: torch.Tensor, num_experts: int) -> RoutingPlan:
@@ -83,10 +95,9 @@ def test_mlp_against_the_definition(shape: ExpertShape, biases: bool):
             torch.testing.assert_close(grad, want, msg=f"gradient of {name}")
 
 
-@each_dtype
 @pytest.mark.parametrize("biases", [True, False], ids=["biases", "plain"])
 @each_shape
-@each_backend
+@each_case_repeated
 def test_mlp_and_gradients(backend: str, shape: ExpertShape, biases: bool, dtype: torch.dtype):
     tensors, experts = problem(shape, biases)
 
@@ -97,7 +108,7 @@ def test_mlp_and_gradients(backend: str, shape: ExpertShape, biases: bool, dtype
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@each_backend
+@each_backend_repeated
 def test_every_activation(backend: str, activation: str):
     tensors, experts = problem(ExpertShape(11, 16, 24, 3, 2, activation))
 
@@ -155,7 +166,7 @@ def test_experts_without_tokens_get_exact_zero_gradients(backend: str):
         assert tensors[name].grad[[1, 3]].any()
 
 
-@each_backend
+@each_backend_repeated
 def test_plan_of_route_carries_gradients_to_the_router(backend: str):
     tensors, _ = problem(ExpertShape(9, 8, 12, 4, 2))
     tensors.pop("weights")
@@ -205,11 +216,10 @@ def gemm_problem(sizes: list[int], rest: int = 0) -> tuple[Tensors, torch.Tensor
     return tensors, torch.tensor([0, *sizes]).cumsum(0).int()
 
 
-@each_dtype
 @pytest.mark.parametrize("rest", [0, 4])
 @pytest.mark.parametrize("gathered", [False, True], ids=["rows", "gather"])
 @each_size
-@each_backend
+@each_case_repeated
 def test_grouped_gemm_and_gradients(backend: str, sizes: list[int], gathered: bool, rest: int, dtype: torch.dtype):
     tensors, offsets = gemm_problem(sizes, rest)
     rows = len(tensors["a"])

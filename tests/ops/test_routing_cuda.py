@@ -115,6 +115,13 @@ def test_order_of_threads_and_number_of_blocks(cuda):
             assert torch.equal(plan.importance, first.importance)
 
 
+@pytest.mark.parametrize("name", ["no-token", "one-token", "passes", "widest"])
+def test_one_launch_in_each_direction(cuda, name: str):
+    before = cuda.launches()
+    run(cuda, problem(SHAPES[name]))
+    assert cuda.launches() - before == (1 if name == "no-token" else 2)
+
+
 def test_strided_logits_and_gradients(cuda):
     arguments = problem(SHAPES["unequal-groups"])
     wanted, wanted_grad = run(cuda, arguments)

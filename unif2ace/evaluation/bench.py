@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -55,9 +56,7 @@ def bench_op(
         importlib.import_module("pytest_benchmark")
     except ImportError as error:
         raise UserError("bench: timing an op needs pytest-benchmark: pip install pytest-benchmark") from error
-    if str(ROOT) not in sys.path:
-        sys.path.insert(0, str(ROOT))
-    run, report = (importlib.import_module(f"benchmarks.{name}") for name in ("run", "report"))
+    run, report = _benchmarks("run"), _benchmarks("report")
     selection = run.Selection([op], device, shapes=shapes, backends=backends, threads=threads, trace_file=trace)
     record = run.run(selection)
     if as_json:
@@ -67,3 +66,29 @@ def bench_op(
         print(report.table(record))
     if record["red"]:
         raise UserError(f"bench: {len(record['red'])} of the benchmarks of {op} failed: {record['red'][0]['reason']}")
+
+
+def tune_op(op: str, shapes: Sequence[str] = ()) -> Path:
+    """Measure launch configurations of the Triton kernels of `op` on this GPU; the path of the table written.
+
+    Raises `UserError` for an op without a table, for unknown shapes, outside a checkout and without a GPU.
+    """
+    if op != "experts":
+        raise UserError(f"bench: --tune is for experts, whose launches have a table, not for {op}")
+    if not (ROOT / "benchmarks").is_dir():
+        raise UserError("bench: --tune needs a checkout of the repository")
+    known = _benchmarks("shapes").EXPERTS
+    for name in shapes:
+        if name not in known:
+            raise UserError(f"bench: expected shapes of experts among {', '.join(known)}, got {name!r}")
+    reason = _registry.why_not(op, "triton", "cuda") if torch.cuda.is_available() else "there is no CUDA device here"
+    if reason is not None:
+        raise UserError(f"bench: --tune measures on a GPU: {reason}")
+    return _benchmarks("tune_experts").main(shapes or list(known))
+
+
+def _benchmarks(name: str) -> ModuleType:
+    """A module of the checkout's benchmarks/."""
+    if str(ROOT) not in sys.path:
+        sys.path.insert(0, str(ROOT))
+    return importlib.import_module(f"benchmarks.{name}")

@@ -159,21 +159,22 @@ def plan_step(slots: Slots, drawings: Sequence[Drawing]) -> StepPlan:
     keeps = [d.step.keep for d in drawings]
     offsets = list(accumulate(counts, initial=0))
     kept = list(accumulate(keeps, initial=0))
-    count, half_counts = torch.tensor(counts), torch.tensor([d.step.unknown for d, *_ in halves], dtype=torch.int64)
+    half_counts = [d.step.unknown for d, *_ in halves]
 
-    def per_row(values: list[int], repeats: Tensor) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64).repeat_interleave(repeats)
+    def per_row(values: list[int], repeats: list[int]) -> Tensor:
+        times = torch.tensor(repeats, dtype=torch.int64)
+        return torch.tensor(values, dtype=torch.int64).repeat_interleave(times, output_size=sum(repeats))
 
     host = {
         "sequence_slot": torch.tensor([d.slot for d, *_ in halves] + [slots.count] * added, dtype=torch.int64),
-        "wanted": ranges([d.slot * size for d, *_ in halves], half_counts.tolist()),
+        "wanted": ranges([d.slot * size for d, *_ in halves], half_counts),
         "wanted_row": per_row([i * rows + 1 for i in range(len(halves))], half_counts),
         "cond": ranges([place["cond", d.slot] for d in drawings], counts),
         "uncond": ranges([place.get(("uncond", d.slot), 0) for d in drawings], counts),
         "unknown": ranges([d.slot * size for d in drawings], counts),
-        "token": per_row([d.slot * rows + 1 for d in drawings], count),
-        "target": per_row([d.slot * size - before for d, before in zip(drawings, kept, strict=False)], count),
-        "image": per_row(list(range(len(drawings))), count),
+        "token": per_row([d.slot * rows + 1 for d in drawings], counts),
+        "target": per_row([d.slot * size - before for d, before in zip(drawings, kept, strict=False)], counts),
+        "image": per_row(list(range(len(drawings))), counts),
         "slot": torch.tensor([d.slot for d in drawings]),
         "number": torch.tensor([d.done for d in drawings]),
         "keep": torch.tensor(keeps),

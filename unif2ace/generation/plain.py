@@ -1,10 +1,11 @@
 """Text to face, the loop of the paper written plainly: masked discrete diffusion over the codes of an image.
 
-Every step runs whole sequences, text and image, with the prompt and without it; combines the two halves' logits of
-every position; samples every position; and masks the least certain ones again, as many as the schedule says. Nothing is
-kept from step to step but the codes. `denoise.py` draws the same faces with less work; this is what it must equal.
+Every step runs whole sequences, text and image, with the prompt and without it, through transformer and head, as the
+code that Show-o published does; combines the two halves' logits of every code; samples every position; and masks the
+least certain ones again, as many as the schedule says. Nothing is kept from step to step but the codes. `denoise.py`
+draws the same faces with less work; this is what it must equal.
 
-Cost: steps * 2 (with guidance) * images * (text + N + 2) rows through the transformer, N of each through the head.
+Cost: steps * 2 (with guidance) * images * (text + N + 2) rows through the transformer and the whole head.
 """
 
 from __future__ import annotations
@@ -54,7 +55,6 @@ def generate_codes(
     ]
     texts = [list(prompts), [[]] * batch] if guidance > 0 else [list(prompts)]
     halves = [pack_generation(vocabulary, text, codes) for text in texts]
-    weight, bias = model.head.weight[vocabulary.code_columns], model.head.bias[vocabulary.code_columns]
     seed = torch.tensor([to_signed(value) for value in seeds], device=device)
     position = torch.arange(size, device=device).repeat(batch)
     for k in range(max(map(len, plans))):
@@ -63,7 +63,8 @@ def generate_codes(
         logits = []
         for half in halves:
             hidden = model(half.with_codes(vocabulary, codes), mask_ratio=ratio).hidden
-            logits.append(linear(hidden[half.layout.code_rows], weight, bias))
+            scores = linear(hidden, model.head.weight, model.head.bias)
+            logits.append(scores[half.layout.code_rows, vocabulary.code_columns])
         sampled, confidence = sample_tokens(
             logits[0],
             seed.repeat_interleave(size),
