@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.shapes import ATTENTION_SMALL, AttentionShape
 from tests import oracle
@@ -17,7 +18,7 @@ from tests.bits import assert_same_for_threads, assert_same_on_instruction_sets,
 from tests.oracle import DTYPES, assert_matches_reference, available_backends, noncontiguous
 from unif2ace.errors import UserError
 from unif2ace.ops import _registry, omni_attention
-from unif2ace.ops._sdpa import runs_of
+from unif2ace.ops._sdpa import is_fused, runs_of
 from unif2ace.ops.omni_attention import AttentionBlocks, reference_omni_attention
 
 BACKENDS = available_backends("omni_attention")
@@ -197,6 +198,29 @@ def test_a_sequence_does_not_depend_on_its_neighbours(backend: str):
     whole = omni_attention(**inputs, blocks=blocks, backend=backend)
     alone = omni_attention(*(x[12:27] for x in inputs.values()), generation([8], 7), backend=backend)
     assert torch.equal(alone, whole[12:27])
+
+
+@pytest.mark.gpu
+@each_dtype
+def test_backward_of_many_keys_adds_in_a_fixed_order(dtype: torch.dtype):
+    blocks = generation([40, 70, 40], 700)
+    inputs = {name: x.to(dtype).requires_grad_(True) for name, x in problem(num_rows(blocks), num_rows(blocks)).items()}
+
+    def gradients() -> tuple[Tensor, ...]:
+        y = omni_attention(**inputs, blocks=blocks, backend="native")
+        return torch.autograd.grad(y, list(inputs.values()), torch.ones_like(y))
+
+    first = gradients()
+    for _ in range(20):
+        assert all(torch.equal(one, other) for one, other in zip(gradients(), first, strict=True))
+
+
+@pytest.mark.parametrize("dropped", [0, 3])
+@pytest.mark.parametrize(("kind", "fused"), [(SDPBackend.FLASH_ATTENTION, True), (SDPBackend.MATH, False)], ids=str)
+def test_results_of_fused_kernels_are_known(kind: SDPBackend, fused: bool, dropped: int):
+    q = torch.randn(2, 3, 8, 16, requires_grad=True, device="cpu")
+    with sdpa_kernel(kind):
+        assert is_fused(torch.nn.functional.scaled_dot_product_attention(q, q, q)[:, :, dropped:]) == fused
 
 
 def test_equal_blocks_in_even_distance_are_one_call():

@@ -6,12 +6,15 @@ padded or masked. It serves what no variable-length kernel takes (`_varlen.py`):
 
 from __future__ import annotations
 
+import contextlib
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from unif2ace.ops._varlen import deterministic
 
 Block = tuple[int, int, int, int, bool]
 
@@ -76,7 +79,14 @@ class SdpaCalls:
 
     def gradients(self, results: list[Tensor], leaves: list[Tensor], grads: list[Tensor]) -> tuple[Tensor, ...]:
         """Gradients of the leaves of recorded calls, whose results have the gradients `grads`."""
-        return torch.autograd.grad(results, leaves, grads)
+        found: list[Tensor] = []
+        for i, (result, grad) in enumerate(zip(results, grads, strict=True)):
+            # Fused kernels of a GPU split the keys, and add the shares of dq as they arrive, unless told otherwise.
+            # Plain products are in order anyway, and would refuse to run under the setting.
+            told = result.device.type == "cuda" and is_fused(result)
+            with deterministic() if told else contextlib.nullcontext():
+                found += torch.autograd.grad(result, leaves[3 * i : 3 * i + 3], grad)
+        return tuple(found)
 
     def join_queries(self, like: Tensor, parts: list[Tensor]) -> Tensor:
         """Results, or gradients of the queries, of all calls as one tensor."""
@@ -91,6 +101,14 @@ class SdpaCalls:
         for target, part in zip(self.keys(out), parts, strict=True):
             target.add_(part)
         return out
+
+
+def is_fused(result: Tensor) -> bool:
+    """Did one of PyTorch's fused kernels make this, and not plain products? Its node of the graph has their name."""
+    node = result.grad_fn
+    while node.name().startswith(("Slice", "Alias")):
+        node = node.next_functions[0][0]
+    return node.name().startswith("ScaledDotProduct")
 
 
 def _rows(x: Tensor, count: int, start: int, length: int, step: int) -> Tensor:

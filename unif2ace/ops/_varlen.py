@@ -157,8 +157,8 @@ def best(capability: int, dim: int) -> Callable | None:
 
 
 @contextlib.contextmanager
-def _deterministic() -> Iterator[None]:
-    """PyTorch's flash backward adds in a fixed order only under this global setting; the others are told per call."""
+def deterministic() -> Iterator[None]:
+    """PyTorch's fused backwards add in a fixed order only under this global setting; the others are told per call."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
@@ -196,7 +196,7 @@ class VarlenCalls:
 
     def gradients(self, results: list[Tensor], leaves: list[Tensor], grads: list[Tensor]) -> tuple[Tensor, ...]:
         """Gradients of the leaves of recorded calls, whose results have the gradients `grads`."""
-        with _deterministic():
+        with deterministic():
             return torch.autograd.grad(results, leaves, grads)
 
     def join_queries(self, like: Tensor, parts: list[Tensor]) -> Tensor:
