@@ -1,0 +1,14 @@
+"""Reading what a run has written."""
+
+import json
+from pathlib import Path
+
+
+def read_lines(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def result(out):
+    """Every file of a finished folder of pictures, without its record: name -> bytes."""
+    files = (path for path in Path(out).rglob("*") if path.is_file() and "parts" not in path.relative_to(out).parts)
+    return {str(path.relative_to(out)): path.read_bytes() for path in files}
