@@ -1,7 +1,15 @@
-"""Reading what a run has written."""
+"""What may stand in a row, and what a run has written."""
 
 import json
 from pathlib import Path
+
+from hypothesis import strategies as st
+
+json_values = st.recursive(
+    st.booleans() | st.integers() | st.floats() | st.text(st.characters()) | st.binary() | st.sampled_from(["a", 1, 3]),
+    lambda values: st.lists(values, max_size=3),
+    max_leaves=4,
+)  # and bytes, which Parquet has too
 
 
 def read_lines(path):

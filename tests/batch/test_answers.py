@@ -1,12 +1,20 @@
 """Tables of questions: the answers of a pipeline, rows that fail alone."""
 
+import json
+from dataclasses import asdict
+from pathlib import Path
+
 import pyarrow.parquet as pq
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
-from tests.batch.results import read_lines
+from tests.batch.results import json_values, read_lines
 from tests.tiny import SIZE, tiny_pipeline
+from unif2ace.batch.answers import COLUMNS, Answers, AnswerTask
+from unif2ace.batch.table import Row
 from unif2ace.pipeline import UniF2acePipeline
 
 
@@ -68,6 +76,13 @@ def test_bad_rows_fail_alone_and_are_asked_again(table, ask, tmp_path, pictures,
     assert f"{len(bad) + 2} answers, 2 were done before; {len(bad)} in " in captured.out
     assert f"{len(bad) - 1} of {len(bad) + 2} answers failed" in captured.err
     assert read_lines(tmp_path / "out.jsonl")[1]["answer"] == tiny_pipeline().answer(pictures[0], "Why?")[0]
+
+
+@given(st.dictionaries(st.sampled_from(COLUMNS), json_values))
+def test_no_row_breaks_the_run(values):
+    (task,) = Answers(Path(), False, "hash", 4).tasks(Row(3, values), 3, [3])
+    assert AnswerTask(**json.loads(json.dumps(asdict(task)))) == task
+    assert task.error is not None or (task.image is not None and (task.question is None) == task.caption)
 
 
 def test_fit_takes_any_picture_and_is_a_setting(table, ask, tmp_path, pictures, capsys):

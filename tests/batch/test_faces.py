@@ -2,16 +2,19 @@
 
 import hashlib
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
-from tests.batch.results import read_lines, result
+from tests.batch.results import json_values, read_lines, result
 from tests.tiny import tiny_pipeline
-from unif2ace.batch.faces import Faces, encode_png
+from unif2ace.batch.faces import COLUMNS, Faces, FaceTask, encode_png
 from unif2ace.batch.table import Row
 from unif2ace.bundle import model_sha256
 
@@ -67,6 +70,8 @@ def test_bad_rows_fail_alone(table, generate, tmp_path, capsys):
         ({"prompt": "very " * 200}, "prompt: expected at most 120 tokens, got "),
         ('{"prompt": "a fa', "table.jsonl:6: expected a JSON object, got a broken one: Unterminated string"),
         ({"prompt": "a face", "seed": -1}, "seed: expected an integer from 0 to 2^64 - 1, got -1"),
+        ({"prompt": "a face", "seed": [3]}, "seed: expected an integer from 0 to 2^64 - 1, got [3]"),
+        ({"prompt": "a face", "guidance": 10**400}, "guidance_scale: expected a number from 0 to 100, got 1000"),
         ({"prompt": "a face", "seed": True}, "seed: expected an integer from 0 to 2^64 - 1, got True"),
         ({"prompt": "a face", "steps": 2.5}, "steps: expected an integer from 1 to 1024, got 2.5"),
         ({"prompt": "a face", "guidance": float("nan")}, "guidance_scale: expected a number from 0 to 100, got nan"),
@@ -89,7 +94,7 @@ def test_bad_rows_fail_alone(table, generate, tmp_path, capsys):
         assert line["error"].startswith(reason)
         assert line["file"] is None
     assert lines[-1]["seed"] == len(bad) + 1  # a row that fails keeps its number
-    assert {path.name for path in (tmp_path / "out" / "images").rglob("*.png")} == {"00000000.png", "00000015.png"}
+    assert {path.name for path in (tmp_path / "out" / "images").rglob("*.png")} == {"00000000.png", "00000017.png"}
 
 
 def test_parquet_holds_the_same_pictures(table, generate, tmp_path, capsys):
@@ -119,6 +124,18 @@ def test_a_row_of_many_pictures_is_divided():
     assert [len(task.numbers) for task in tasks] == [256, 256, 88]
     assert [seed for task in tasks for seed in task.seeds] == list(range(105, 705))
     assert all(json.loads(json.dumps(vars(task))) == vars(task) for task in tasks)
+
+
+@given(st.dictionaries(st.sampled_from(COLUMNS), json_values), st.integers(0, 5))
+def test_no_row_breaks_the_run(values, first):
+    job = Faces(tiny_pipeline().defaults, 2, 5, "hash", None, 4)
+    row = Row(first, values)
+    numbers = list(range(first, first + min(job.count(row), 600)))
+    tasks = list(job.tasks(row, first, numbers))
+    assert [number for task in tasks for number in task.numbers] == numbers
+    for task in tasks:
+        assert FaceTask(**json.loads(json.dumps(asdict(task)))) == task
+        assert (task.error is None) == (task.seeds is not None)
 
 
 def test_png_bytes_depend_on_pixels_only():

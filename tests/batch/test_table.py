@@ -101,3 +101,11 @@ def test_unknown_parquet_columns_and_missing_files_are_refused(tmp_path):
         Table.open(tmp_path / "p.parquet", COLUMNS, count)
     with pytest.raises(UserError, match=r"none\.txt: expected a table, found none"):
         Table.open(tmp_path / "none.txt", COLUMNS, count)
+
+
+@pytest.mark.parametrize("content", ["a\nb\nc\n", "a\n"])
+def test_a_table_that_changes_while_it_is_read_is_noticed(tmp_path, content):
+    table = open_table(tmp_path / "p.txt", "a\nb\n")
+    (tmp_path / "p.txt").write_text(content)
+    with pytest.raises(UserError, match="it has changed since the start"):
+        rows(table)

@@ -97,8 +97,7 @@ class Faces:
         try:
             row.check()
             known |= self._settings(row)
-            start, base = (values["seed"], first) if "seed" in values else (self.seed, 0)
-            inputs.as_seeds(start, 1)
+            start, base = (_seed(values["seed"]), first) if "seed" in values else (self.seed, 0)
         except UserError as error:
             yield FaceTask(numbers, **known, error=str(error))
             return
@@ -193,6 +192,12 @@ def encode_png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "PNG", compress_level=6)
     return buffer.getvalue()
+
+
+def _seed(value: object) -> int:
+    if type(value) is not int or not 0 <= value <= inputs.MAX_SEED:
+        raise UserError(f"seed: expected an integer from 0 to 2^64 - 1, got {value!r}")
+    return value
 
 
 def _num_images(row: Row) -> int:

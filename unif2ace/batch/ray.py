@@ -93,7 +93,7 @@ class Cluster:
         scratch.mkdir()
         try:
             size = max(1, min(CHUNK, todo // (CHUNKS_PER_WORKER * workers)))
-            paths = list(_write_chunks(tasks, size, scratch))
+            paths = list(write_chunks(tasks, size, scratch))
             found = self.ray.data.from_items(paths, override_num_blocks=len(paths)).map_batches(
                 Worker,
                 fn_constructor_args=(job, load, str(scratch)),
@@ -129,7 +129,7 @@ class Worker:
         return {"line": [json.dumps(line) for line in lines]}
 
 
-def _write_chunks(tasks: Iterable[FaceTask | AnswerTask], size: int, folder: Path) -> Iterator[str]:
+def write_chunks(tasks: Iterable[FaceTask | AnswerTask], size: int, folder: Path) -> Iterator[str]:
     """Files of tasks, each with `size` results or a single task."""
     texts: list[str] = []
     results = number = 0

@@ -16,7 +16,6 @@ import json
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -99,10 +98,14 @@ class Table:
 
     def rows(self, rank: int = 0, world_size: int = 1) -> Iterator[tuple[Row, range]]:
         """Every `world_size`-th row from row `rank` on, with the numbers of its results."""
-        numbers = (range(first, end) for first, end in pairwise(self.starts))
-        for row, own in zip(_read(self.path, self.columns), numbers, strict=True):
+        number = 0
+        for number, row in enumerate(_read(self.path, self.columns), 1):
+            if number == len(self.starts):
+                break
             if row.index % world_size == rank:
-                yield row, own
+                yield row, range(self.starts[row.index], self.starts[row.index + 1])
+        if number != len(self.starts) - 1:
+            raise UserError(f"{self.path}: expected a table that stays as it is, but it has changed since the start")
 
 
 def _read(path: Path, columns: tuple[str, ...]) -> Iterator[Row]:
