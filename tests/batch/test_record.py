@@ -41,6 +41,7 @@ def test_a_last_line_without_an_end_is_absent(tmp_path, tail):
 
 
 def test_a_broken_line_inside_is_named(tmp_path):
+    Record(tmp_path, SETTINGS, 2).__exit__()
     (tmp_path / "00003.jsonl").write_text('{"number": 0, "error": null}\n{"number"\n')
     with pytest.raises(UserError, match=r"00003\.jsonl:2: expected a recorded result"):
         Record(tmp_path, SETTINGS, 2)
@@ -65,12 +66,21 @@ def test_a_picture_that_is_gone_is_made_again(tmp_path):
 
 
 def test_a_run_with_other_settings_is_refused_with_what_differs(tmp_path):
-    Record(tmp_path, SETTINGS, 1).__exit__()
+    with Record(tmp_path, SETTINGS, 1) as record:
+        record.append([line(0)])
     with pytest.raises(UserError, match=r"holds a run with other settings \(seed was 1, is 2; steps was None, is 4\)"):
         Record(tmp_path, {**SETTINGS, "seed": 2, "steps": 4}, 1)
     (tmp_path / "run.json").write_text("[]")
     with pytest.raises(UserError, match="other settings"):
         Record(tmp_path, SETTINGS, 1)
+
+
+def test_settings_of_a_run_without_results_are_replaced(tmp_path):
+    Record(tmp_path, {**SETTINGS, "device": "nonsense"}, 1).__exit__()
+    with Record(tmp_path, SETTINGS, 1) as record:
+        record.append([line(0)])
+    with Record(tmp_path, SETTINGS, 1) as record:
+        assert record.complete
 
 
 def test_a_part_has_one_writer(tmp_path):

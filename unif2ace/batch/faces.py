@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -174,12 +174,15 @@ class Faces:
     def _line(
         self, task: FaceTask, index: int, file: str | None = None, digest: str | None = None, error: str | None = None
     ) -> Line:
-        known = asdict(task)
         return {
             "number": task.numbers[index],
-            **{name: known[name] for name in ("row", "id", "prompt")},
+            "row": task.row,
+            "id": task.id,
+            "prompt": task.prompt,
             "seed": None if task.seeds is None else task.seeds[index],
-            **{name: known[name] for name in ("steps", "guidance", "temperature")},
+            "steps": task.steps,
+            "guidance": task.guidance,
+            "temperature": task.temperature,
             "file": file,
             "sha256": digest,
             "model_sha256": self.model_sha256,

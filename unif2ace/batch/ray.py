@@ -15,6 +15,7 @@ What Ray does not do here: move files. Table, model and `--out` have to be visib
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -89,6 +90,7 @@ class Cluster:
             )
         context = self.ray.data.DataContext.get_current()
         context.enable_progress_bars = False  # the run has its own
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
         shutil.rmtree(scratch, ignore_errors=True)  # of a driver that was killed
         scratch.mkdir()
         try:

@@ -49,18 +49,24 @@ class Record(AbstractContextManager):
         self.state = bytearray(total)
         self.partial = folder / f"partial-{rank:05d}"  # what this process is writing; overwritten after a crash
         check_folder(folder)
-        self._check_settings(settings)
-        self._file = _lock(folder / f"{rank:05d}.jsonl")
-        _cut_incomplete_line(folder / f"{rank:05d}.jsonl")
-        sync_folder(folder)
-        self.refresh()
+        self._file = _lock(
+            folder / f"{rank:05d}.jsonl"
+        )  # before anything is written: `partial` is this process's alone
+        try:
+            self._check_settings(settings)
+            _cut_incomplete_line(folder / f"{rank:05d}.jsonl")
+            sync_folder(folder)
+            self.refresh()
+        except BaseException:
+            self._file.close()
+            raise
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
     def _check_settings(self, settings: dict[str, object]) -> None:
         path = self.folder / RUN_FILE
-        if not path.exists():
+        if not any(part.stat().st_size for part in self._parts()):  # there is nothing yet that could be of another kind
             text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
             replace_file(path, lambda partial: partial.write_text(text, encoding="utf-8"), self.partial)
         try:
