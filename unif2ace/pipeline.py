@@ -123,7 +123,7 @@ class UniF2acePipeline:
     def _on_backend(self) -> AbstractContextManager:
         return nullcontext() if self.backend == "auto" else use_backend(self.backend)
 
-    def _each_on_backend(self, items: Iterator[Item]) -> Iterator[Item]:
+    def each_on_backend(self, items: Iterator[Item]) -> Iterator[Item]:
         """The items, each made on this pipeline's back end; what the caller does between two of them is his own."""
         while True:
             with self._on_backend():
@@ -375,7 +375,7 @@ class UniF2acePipeline:
                 batch = stream_answers(
                     self.model, codes, encoded[part], features, images=which[part], seeds=seeds[part], **decoding
                 )
-                for piece in self._each_on_backend(batch):
+                for piece in self.each_on_backend(batch):
                     text = texts[piece.index].add(piece.tokens)
                     text += texts[piece.index].finish() if piece.ended else ""
                     yield start + piece.index, text, piece.ended
