@@ -45,7 +45,7 @@ def test_gelu_of_the_product(backend: str, size: tuple[int, int, int], dtype: to
     def run(backend: str, **tensors: torch.Tensor) -> tuple[torch.Tensor]:
         with torch.no_grad():
             plain = linear_gelu(**tensors, backend=backend)
-        return plain, linear_gelu(**tensors, backend=backend)
+        return plain.requires_grad_(True), linear_gelu(**tensors, backend=backend)
 
     assert_matches_reference(run, problem(*size), dtype, backend)
 
