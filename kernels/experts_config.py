@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -99,8 +99,12 @@ L2_BYTES = 48
 
 def choose(product: Product, device: torch.device) -> Config:
     """The table's configuration, or else that of the rules."""
-    chip = chip_of(device)
-    return table(path_of_table(chip)).get(product.key) or rules(product, chip, multiprocessors(device))
+    return _choose(product, chip_of(device), multiprocessors(device))
+
+
+@lru_cache(maxsize=4096)  # in decoding the choice would take the host as long as a launch
+def _choose(product: Product, chip: int, multiprocessors: int) -> Config:
+    return table(path_of_table(chip)).get(product.key) or rules(product, chip, multiprocessors)
 
 
 def chip_of(device: torch.device) -> int:
@@ -213,3 +217,9 @@ def table(path: Path) -> dict[Key, Config]:
     if not path.is_file():
         return {}
     return {Key(**entry["product"]): Config(**entry["config"]) for entry in json.loads(path.read_text())["entries"]}
+
+
+def forget_tables() -> None:
+    """Read them again; for who wrote one."""
+    table.cache_clear()
+    _choose.cache_clear()

@@ -225,7 +225,7 @@ def test_the_table_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         assert all(f"measured {tuple(product.key)}" in labels for product in (known, other))
     with compiling_for(80):
         assert experts_config.choose(known, device) == experts_config.rules(known, 80, 108)
-    experts_config.table.cache_clear()
+    experts_config.forget_tables()
 
 
 @pytest.mark.parametrize("path", sorted(experts_config.FOLDER.glob("*.json")), ids=lambda path: path.name)
