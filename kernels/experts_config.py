@@ -108,8 +108,9 @@ def _choose(product: Product, chip: int, multiprocessors: int) -> Config:
 
 
 def chip_of(device: torch.device) -> int:
-    """The chip whose rules and table hold: a key of `BLOCKS`, the newest that is not newer than the device."""
-    return max((chip for chip in BLOCKS if chip <= capability(device)), default=min(BLOCKS))
+    """The chip whose rules and table hold, a key of `BLOCKS`: Hopper's for data-centre Blackwell (10.x) too, A100's for
+    all others, also for 12.x, which has 99 KiB of shared memory and no wgmma."""
+    return 90 if 90 <= capability(device) < 120 else 80
 
 
 def rules(product: Product, chip: int, multiprocessors: int) -> Config:
@@ -208,7 +209,7 @@ def takes_tma(x: Tensor) -> bool:
     """Can the copy engine read `x`, and does it pay (where the tensor cores read shared memory, which is Hopper's)?"""
     steps = [x.data_ptr(), *(stride * x.element_size() for stride in x.stride()[:-1])]
     able = x.stride(-1) == 1 and all(step % 16 == 0 for step in steps) and min(*x.shape, *x.stride()) > 0
-    return able and x.element_size() == 2 and capability(x.device) >= 90
+    return able and x.element_size() == 2 and chip_of(x.device) >= 90
 
 
 @cache

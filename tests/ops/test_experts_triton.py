@@ -197,7 +197,7 @@ def test_few_blocks_are_small_ones(monkeypatch: pytest.MonkeyPatch):
     assert block(32768, 2048, 80) == (128, 128)
 
 
-@pytest.mark.parametrize(("capability", "chip"), [(75, 80), (80, 80), (89, 80), (90, 90), (100, 90), (120, 90)])
+@pytest.mark.parametrize(("capability", "chip"), [(75, 80), (80, 80), (89, 80), (90, 90), (103, 90), (120, 80)])
 def test_every_device_has_rules(capability: int, chip: int, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(experts_config, "capability", lambda device: capability)
     assert experts_config.chip_of(torch.device("meta")) == chip
