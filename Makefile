@@ -42,11 +42,14 @@ $(STAMP): pyproject.toml constraints.txt setup.py $(CSRC) | $(BIN)/python
 demo: venv ## train nothing, download nothing: show understanding and generation on the bundled small model
 	$(BIN)/unif2ace demo
 
+# One process per core; threads inside of them would only get into each other's way.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal
+
 test: venv ## the test suite without its slow part
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: venv ## the whole test suite
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 
 lint: venv ## style and likely bugs, Python and C++
 	$(BIN)/ruff check .

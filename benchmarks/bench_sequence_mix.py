@@ -7,6 +7,7 @@ gradient of the residual is the incoming one). 2*(J + 1)*R*H FLOPs forward, thre
 Inputs: gates and coefficients between 0 and 1, layer scale 0.01 as a model starts with.
 
 Goal on two CPU cores: forward + backward 2x against reference, native, shapes "laptop" and "laptop-256px".
+Goal on an H200: 85 % of the speed of a copy, triton, both directions, shapes "generate-64" and "train-512px".
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ A peer is timed in the same interleaved run as our back ends, after the same gat
 op, what it needs and how to make its function. A peer that cannot run is absent with a reason, never silently.
 
 * transformers: its `experts_implementation`s "eager" (a loop over experts), "grouped_mm" and "batched_mm", run through
-  the forward of the experts classes of its models (Nemotron-H without a gate, Mixtral with one).
+  the forward of the experts classes of its models (Nemotron-H without a gate, Mixtral with one), and in whole models.
 * torch: `torch.nn.functional.grouped_mm` with a finished routing plan, three samplers, and
   `scaled_dot_product_attention` with one mask for all sequences: what one writes without this package.
 * liger: the experts and the linear cross entropy of liger-kernel, on a GPU.
@@ -107,6 +107,11 @@ def transformers_experts(implementation: str) -> Callable[[ExpertShape, RoutingP
         return function
 
     return make
+
+
+def transformers_model(implementation: str) -> Callable[[Callable[[str, str], Function]], Function]:
+    """A whole model of transformers; `through(implementation, back end)` of the benchmark makes its call."""
+    return lambda through: through(implementation, "auto")
 
 
 def torch_grouped_mm(shape: ExpertShape, plan: RoutingPlan) -> Function:
@@ -230,6 +235,9 @@ PEERS = (
     Peer("experts", "transformers: batched_mm", transformers_experts("batched_mm"), "transformers"),
     Peer("experts", "torch: grouped_mm", torch_grouped_mm),
     Peer("experts", "liger: fused experts", liger_experts, "liger_kernel", devices=("cuda",)),
+    Peer("hub_model", "transformers: eager", transformers_model("eager"), "transformers"),
+    Peer("hub_model", "transformers: grouped_mm", transformers_model("grouped_mm"), "transformers"),
+    Peer("hub_model", "transformers: batched_mm", transformers_model("batched_mm"), "transformers"),
     Peer("grouped_gemm", "torch: grouped_mm", torch_grouped_gemm),
     Peer("sampling", "torch: exponential race", exponential_race),
     Peer("sampling", "torch: race of uniforms", race_of_uniforms),

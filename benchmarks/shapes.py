@@ -113,6 +113,15 @@ class ModelShape:
 
 
 @dataclass(frozen=True)
+class GenerationShape:
+    """A batch of faces drawn by a model of `unif2ace.evaluation.speed`."""
+
+    model: str
+    faces: int
+    steps: int = 18
+
+
+@dataclass(frozen=True)
 class LinearShape:
     """M = rows of width K times a matrix of `columns` rows: a projection."""
 
@@ -128,6 +137,24 @@ class RotaryShape:
     tokens: int
     heads: int
     head_dim: int
+
+
+@dataclass(frozen=True)
+class HubModelShape:
+    """A small random decoder of transformers, `model_type` as its configuration has it.
+
+    One pass over `sequences` prompts of `length` tokens, or with `new_tokens` greedy generation behind them.
+    """
+
+    model_type: str
+    sequences: int
+    length: int
+    new_tokens: int = 0
+    layers: int = 2
+    hidden: int = 512
+    inner: int = 256
+    experts: int = 16
+    top_k: int = 4
 
 
 ROUTING = {
@@ -234,6 +261,14 @@ MODELS = {
     "random-1.8b": ModelShape(32, 4, (24, 8), update=False),
 }
 
+GENERATION = {
+    "avatars-tiny-1": GenerationShape("avatars-tiny", 1),
+    "avatars-tiny-32": GenerationShape("avatars-tiny", 32),
+    "random-100m-1": GenerationShape("random-100m", 1),
+    "random-100m-32": GenerationShape("random-100m", 32, 4),  # a step takes seconds on a laptop
+    "random-1.8b-32": GenerationShape("random-1.8b", 32, 6),
+}
+
 LINEAR = {
     "decode-8": LinearShape(8, 2048, 6144),
     "train": LinearShape(8192, 2048, 6144),
@@ -242,6 +277,16 @@ LINEAR = {
 ROTARY = {
     "generate-32": RotaryShape(2 * 32 * 258, 32, 64),
     "laptop": RotaryShape(32 * 66, 6, 32),
+}
+
+HUB_MODELS = {
+    "qwen3_moe-512": HubModelShape("qwen3_moe", 4, 128),
+    "qwen3_moe-decode-4": HubModelShape("qwen3_moe", 4, 8, new_tokens=16),
+    "gpt_oss-512": HubModelShape("gpt_oss", 4, 128),
+    "gpt_oss-decode-4": HubModelShape("gpt_oss", 4, 8, new_tokens=16),
+    "qwen3_moe-30b": HubModelShape(
+        "qwen3_moe", 2, 1024, hidden=2048, inner=768, experts=128, top_k=8
+    ),  # 2 of 48 layers
 }
 
 # What runs unless more is asked for, by device and benchmark file. `make bench`: within three minutes on two cores.
@@ -257,6 +302,8 @@ SHORT = {
         "linear": ("laptop",),
         "rotary": ("laptop",),
         "e2e": ("avatars-tiny",),
+        "transformers": ("qwen3_moe-512", "qwen3_moe-decode-4"),
+        "generation": ("avatars-tiny-1",),
     },
     "cuda": {
         "experts": ("decode-1", *EXPERTS_GRID, "h100-liger", "h100-sonic"),
@@ -268,11 +315,14 @@ SHORT = {
         "omni_attention": ("generate-32", "train"),
         "rotary": ("generate-32",),
         "linear": ("decode-8", "train"),
+        "transformers": ("qwen3_moe-30b",),
+        "generation": ("random-1.8b-32",),
     },
 }
 
 
-GPU_ONLY = {"random-1.8b", *EXPERTS_GRID}  # on a CPU only when named, whatever else is asked for
+# On a CPU only when named, whatever else is asked for.
+GPU_ONLY = {"random-1.8b", "random-1.8b-32", "qwen3_moe-30b", *EXPERTS_GRID}
 
 
 def token_groups(shape: RoutingShape) -> list[int] | None:

@@ -3,7 +3,12 @@
 // The ops themselves are not bound here. Loading the module runs the STABLE_TORCH_LIBRARY_IMPL blocks of the other
 // sources, which register them with torch's dispatcher under schemas that Python has defined
 // (unif2ace/ops/_registry.py).
+//
+// pybind11 calls nothing of libtorch, but torch 2.10 to 2.12 guard every header they ship against a stable build.
+#pragma push_macro("TORCH_TARGET_VERSION")
+#undef TORCH_TARGET_VERSION
 #include <pybind11/pybind11.h>
+#pragma pop_macro("TORCH_TARGET_VERSION")
 
 #include "common/stable.h"
 #include "cpu/isa.h"

@@ -1,4 +1,4 @@
-"""What a launcher may ask about the device of its tensors: the chip's generation and its number of multiprocessors.
+"""What a launcher may ask about the device of its tensors: the chip's generation, multiprocessors and L2 cache.
 
 Tensors of three kinds reach a launcher, and only the first has a device to ask:
 
@@ -19,8 +19,9 @@ import triton
 
 INTERPRETED = triton.knobs.runtime.interpret  # the environment variable TRITON_INTERPRET, as triton.jit read it
 
-# Multiprocessors by compute capability, for compiling ahead of time: A100 and H100 / H200 (SXM).
+# By compute capability, for compiling ahead of time: A100 and H100 / H200 (SXM).
 MULTIPROCESSORS = {80: 108, 90: 132}
+L2_BYTES = {80: 40 << 20, 90: 50 << 20}
 
 _target = 80
 
@@ -37,6 +38,13 @@ def multiprocessors(device: torch.device) -> int:
     return 2 if device.type == "cpu" else MULTIPROCESSORS[_target]
 
 
+def l2_bytes(device: torch.device) -> int:
+    """Size of the second-level cache. Under the interpreter 2 MiB."""
+    if device.type == "cuda":
+        return _of_cuda(device.index)[2]
+    return 2 << 20 if device.type == "cpu" else L2_BYTES[_target]
+
+
 @contextlib.contextmanager
 def compiling_for(target: int) -> Iterator[None]:
     """Let meta tensors stand for tensors on a device of compute capability `target`, a key of `MULTIPROCESSORS`."""
@@ -49,6 +57,7 @@ def compiling_for(target: int) -> Iterator[None]:
 
 
 @cache
-def _of_cuda(index: int | None) -> tuple[int, int]:
+def _of_cuda(index: int | None) -> tuple[int, int, int]:
     properties = torch.cuda.get_device_properties(index)
-    return 10 * properties.major + properties.minor, properties.multi_processor_count
+    capability = 10 * properties.major + properties.minor
+    return capability, properties.multi_processor_count, properties.L2_cache_size

@@ -39,9 +39,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     device = config.getoption("--device")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise pytest.UsageError("--device cuda: torch.cuda.is_available() is False")
-    torch.set_default_device(device)  # before the test files, which ask for its back ends, are read
+    if device == "cuda":
+        if not torch.cuda.is_available():
+            raise pytest.UsageError("--device cuda: torch.cuda.is_available() is False")
+        torch.set_default_device(device)  # before the test files, which ask for its back ends, are read
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

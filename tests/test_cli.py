@@ -160,6 +160,8 @@ def test_doctor(capsys):
         (["generate", "a face", "--out", "/proc/nothing/face.png"], "cannot write into /proc/nothing: "),
         (["ask", "nowhere.png", "Why?"], "nowhere.png: expected a picture file, found none"),
         (["ask", __file__, "Why?"], "test_cli.py: expected a readable picture"),
+        (["generate"], "generate: expected a sentence, or --prompts, got neither"),
+        (["ask"], "ask: expected a picture, or --questions, got neither"),
         (["ask", "face.png"], "ask: expected at least one question, or --caption, got neither"),
         (["evaluate", "--data", "nowhere"], "nowhere: expected a folder with Parquet files of faces"),
     ],
@@ -201,7 +203,7 @@ def test_tuning_needs_a_gpu(capsys):
     [
         ([], "the following arguments are required: COMMAND (see unif2ace --help)"),
         (["paint"], "invalid choice: 'paint'"),
-        (["generate"], "the following arguments are required: prompt (see unif2ace generate --help)"),
+        (["generate", "--prompts", "p.txt", "--engine", "spark"], "argument --engine: invalid choice: 'spark'"),
         (["generate", "a face", "--num", "0"], "argument --num: expected an integer of at least 1, got '0'"),
         (["generate", "a face", "--threads", "two"], "argument --threads: expected an integer of at least 1"),
     ],

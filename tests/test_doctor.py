@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from unif2ace import doctor, native
-from unif2ace.ops import BACKENDS, _registry
+from unif2ace.ops import BACKENDS, _registry, _varlen
 
 
 def test_report_is_plain_data():
@@ -38,6 +38,23 @@ def test_text_shows_reasons_and_stays_aligned():
     assert cells
     assert set(cells) == {"yes"}
     assert all(line == line.rstrip() for line in lines)
+
+
+def test_attention_libraries_are_listed_in_the_order_they_are_tried(monkeypatch):
+    def attend():
+        raise ImportError("libcudart.so.11.0: cannot open shared object file")
+
+    broken = _varlen.LIBRARIES[1]._replace(load=attend)
+    monkeypatch.setattr(_varlen, "LIBRARIES", (broken, _varlen.LIBRARIES[2]))
+    monkeypatch.setattr(doctor.torch.cuda, "is_available", lambda: False)
+    facts = doctor.report()
+    assert facts["attention"] == {
+        "flash-attn 2": "does not load: libcudart.so.11.0: cannot open shared object file",
+        "PyTorch": "ready",
+    }
+    lines = doctor.format_report(facts).splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("attention on CUDA"))
+    assert [line.split()[0] for line in lines[start + 1 : start + 3]] == ["flash-attn", "PyTorch"]
 
 
 def test_a_missing_module_is_told(monkeypatch):

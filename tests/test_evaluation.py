@@ -100,7 +100,7 @@ def test_mistakes_lower_their_attribute_alone(table):
 def test_a_random_model_can_be_scored(table):
     pipe, calls = tiny_pipeline(), []
     drawn, _ = metrics.evaluate_generation(pipe, pipe.parts.judge, table, 2, steps=1)
-    answers = metrics.evaluate_answers(pipe, table, 2, on_batch=lambda *call: calls.append(call))
+    answers = metrics.evaluate_answers(pipe, table, 2, on_answer=lambda *call: calls.append(call))
     captions = metrics.evaluate_captions(pipe, table, 2)
     for score in (drawn, answers, captions):
         assert 0 <= score.overall < 1

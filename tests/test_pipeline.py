@@ -11,6 +11,7 @@ from PIL import Image
 from tests.tiny import SIZE, build_parts, tiny_pipeline
 from unif2ace import bundle, inputs
 from unif2ace.errors import UserError
+from unif2ace.generation.engine import GenerationEngine
 from unif2ace.ops import use_backend
 from unif2ace.pipeline import UniF2acePipeline
 
@@ -73,15 +74,15 @@ def test_in_painting_keeps_pixels_and_whole_cells(pipe, faces, monkeypatch):
     keep = np.ones((SIZE, SIZE), dtype=bool)
     keep[8:17, 8:16] = False  # all of one cell of 8 x 8 pixels and one row of the cell below it
     seen = []
-    plain = sys.modules["unif2ace.pipeline"].generate_codes
-    monkeypatch.setattr("unif2ace.pipeline.generate_codes", lambda *a, **k: seen.append(k) or plain(*a, **k))
+    submit = GenerationEngine.submit
+    monkeypatch.setattr(GenerationEngine, "submit", lambda self, request: seen.append(request) or submit(self, request))
     options = {"num_images_per_prompt": 2, "seed": 1, "known_image": faces[0]}
     drawn = pipe.generate("a sad face", known_mask=keep, **options)
     original = np.asarray(faces[0])
     for face in drawn:
         assert np.array_equal(np.asarray(face)[keep], original[keep])
     assert data(drawn)[0] != data(faces[:1])[0]
-    assert (~seen[0]["known"][0]).nonzero()[:, 0].tolist() == [5, 9]
+    assert (~seen[0].known).nonzero()[:, 0].tolist() == [5, 9]
     for same in (Image.fromarray(keep), torch.from_numpy(keep), Image.fromarray(keep).convert("L")):
         assert data(pipe.generate("a sad face", known_mask=same, **options)) == data(drawn)
 
@@ -259,7 +260,7 @@ KEEP = torch.ones(SIZE, SIZE, dtype=torch.bool)
         ("a face", {"seed": [None]}, "seed: expected an integer"),
         ("a face", {"num_images_per_prompt": 0}, "num_images_per_prompt: expected an integer of at least 1, got 0"),
         ("a face", {"batch_size": 0}, "batch_size: expected"),
-        ("a face", {"engine": "warp"}, "engine: expected one of plain, got 'warp'"),
+        ("a face", {"engine": "warp"}, "engine: expected one of fast, plain, got 'warp'"),
         ("a face", {"known_image": RGB}, "in-painting: expected known_image and known_mask together"),
         ("a face", {"known_mask": KEEP}, "in-painting: .* got known_mask alone"),
         ("a face", {"known_image": RGB.resize((9, 8)), "known_mask": KEEP}, "known_image: .* got RGB of 9 x 8"),
@@ -270,7 +271,7 @@ KEEP = torch.ones(SIZE, SIZE, dtype=torch.bool)
     ],
 )
 def test_bad_requests_are_refused_before_any_work(pipe, monkeypatch, prompts, options, sentence):
-    monkeypatch.setattr("unif2ace.pipeline.generate_codes", lambda *a, **k: pytest.fail("work was done"))
+    monkeypatch.setattr(GenerationEngine, "submit", lambda *a: pytest.fail("work was done"))
     with pytest.raises(UserError, match=sentence):
         pipe.generate(prompts, **options)
 
@@ -294,7 +295,7 @@ def test_bad_requests_are_refused_before_any_work(pipe, monkeypatch, prompts, op
     ],
 )
 def test_bad_questions_are_refused_before_any_work(pipe, monkeypatch, images, questions, options, sentence):
-    monkeypatch.setattr("unif2ace.pipeline.decode_answers", lambda *a, **k: pytest.fail("work was done"))
+    monkeypatch.setattr("unif2ace.pipeline.stream_answers", lambda *a, **k: pytest.fail("work was done"))
     with pytest.raises(UserError, match=sentence):
         pipe.answer(images, questions, **options)
 

@@ -12,6 +12,7 @@ README.md                            what it is
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -26,6 +27,7 @@ from unif2ace.codec.storage import read_config
 from unif2ace.data.text import TextTokenizer
 from unif2ace.errors import UserError
 from unif2ace.evaluation.judge import Judge
+from unif2ace.files import sha256
 from unif2ace.generation.settings import GenerationConfig
 from unif2ace.model.features import FeatureEncoder, SmallClipEncoder, SmallFaceEncoder
 from unif2ace.model.transformer import UniF2ace
@@ -112,6 +114,20 @@ def _download(name: str) -> Path:
         raise UserError(f"model: {name!r} is no folder here and could not be read from the hub: {reason}") from error
 
 
+def load_defaults(folder: Path) -> GenerationConfig:
+    """How the model in `folder` draws and answers unless it is told otherwise."""
+    return GenerationConfig(**read_config(folder / GENERATION_FILE, GenerationConfig))
+
+
+def model_sha256(folder: Path) -> str:
+    """One hex digest of everything in `folder` that results depend on: configurations, weights, codec, tokenizer."""
+    digest = hashlib.sha256()
+    for path in sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")]):
+        if path.stem != "judge":
+            digest.update(f"{path.name} {sha256(path)}\n".encode())
+    return digest.hexdigest()
+
+
 def load_parts(folder: Path, device: torch.device, dtype: torch.dtype) -> Parts:
     """Read every part of `folder`. Raises `UserError` for a missing, corrupt or unfitting one."""
     model = UniF2ace.from_pretrained(folder, device=device, dtype=dtype)
@@ -121,7 +137,7 @@ def load_parts(folder: Path, device: torch.device, dtype: torch.dtype) -> Parts:
         codec=SmallCodec.from_pretrained(folder).to(device),
         tokenizer=TextTokenizer.from_pretrained(folder),
         encoders={name: ENCODERS[name].from_pretrained(folder).to(device) for name in feature_names(model)},
-        defaults=GenerationConfig(**read_config(folder / GENERATION_FILE, GenerationConfig)),
+        defaults=load_defaults(folder),
         judge=Judge.from_pretrained(folder).to(device) if (folder / "judge.json").is_file() else None,
         card=card.read_text(encoding="utf-8") if card.is_file() else "",
     )

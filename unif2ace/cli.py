@@ -64,6 +64,18 @@ def _sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, metavar="X", help="0 takes the likeliest tokens, 1 samples")
 
 
+def _table(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--batch-size", type=_positive, default=32, metavar="N", help="rows of a table at a time (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--engine", choices=("local", "ray"), default="local", help="where a table is worked on (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--workers", type=_positive, default=1, metavar="N", help="--engine ray: how many (default: %(default)s)"
+    )
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
     parser = _Parser(
@@ -100,8 +112,16 @@ def build_parser() -> argparse.ArgumentParser:
         'unif2ace generate "a bald man with a long beard" --num 100 --out faces   # a folder of PNGs',
         'unif2ace generate "a sad face" "a happy face" --steps 8 --guidance 1.5   # faster',
         'unif2ace generate "dark sunglasses" --image face.png --mask keep.png     # redraw where keep.png is black',
+        "unif2ace generate --prompts prompts.jsonl --out faces             # a table; stopped, it goes on",
+        "torchrun --nproc-per-node 8 -m unif2ace generate --prompts prompts.parquet --out faces.parquet",
     )
-    generate.add_argument("prompt", nargs="+", help="what to draw; each prompt gives --num faces")
+    generate.add_argument("prompt", nargs="*", help="what to draw; each prompt gives --num faces")
+    generate.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="a table instead: .txt (one prompt per line), or .jsonl or .parquet with the columns prompt and, where "
+        "wanted, id, num_images, seed, steps, guidance, temperature",
+    )
     generate.add_argument(
         "--num", type=_positive, default=1, metavar="N", help="faces per prompt (default: %(default)s)"
     )
@@ -109,12 +129,15 @@ def build_parser() -> argparse.ArgumentParser:
         "--seed", type=int, default=0, metavar="S", help="face i is drawn with seed S + i (default: %(default)s)"
     )
     generate.add_argument(
-        "--out", default="faces.png", help="a picture file (several faces: a grid), or a folder (default: %(default)s)"
+        "--out",
+        help="a picture file (several faces: a grid), or a folder (default: faces.png); for --prompts a folder or a "
+        ".parquet file (default: faces)",
     )
     generate.add_argument("--image", help="in-painting: the picture to keep parts of")
     generate.add_argument("--mask", help="in-painting: a picture, white where --image is kept")
     generate.add_argument("--fit", action="store_true", help="crop and resize --image and --mask to the model's size")
     _sampling(generate)
+    _table(generate)
     _common(generate)
 
     ask = add(
@@ -123,11 +146,20 @@ def build_parser() -> argparse.ArgumentParser:
         'unif2ace ask face.png "What color is the hair?" "Is there a beard or moustache?"',
         "unif2ace ask face.png --caption",
         'unif2ace ask photo.jpg --fit --json "What is worn over the eyes?"',
+        "unif2ace ask --questions questions.jsonl --out answers.jsonl",
     )
-    ask.add_argument("image", help="a picture file")
+    ask.add_argument("image", nargs="?", help="a picture file")
     ask.add_argument("question", nargs="*", help="one or more questions")
     ask.add_argument("--caption", action="store_true", help="describe the face as well")
+    ask.add_argument(
+        "--questions",
+        metavar="FILE",
+        help="a table instead: .jsonl or .parquet with the columns image (a path, relative to the table), question or "
+        "caption (true: describe), and id",
+    )
+    ask.add_argument("--out", help="for --questions: a .jsonl or .parquet file (default: answers.jsonl)")
     ask.add_argument("--fit", action="store_true", help="crop and resize the picture to the model's size")
+    _table(ask)
     _common(ask)
 
     train = add(
@@ -229,12 +261,14 @@ def _complain(message: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, 2 for a mistake in the input, 130 when interrupted."""
+    """Run one command; returns the exit status: 0, 1 where some results of a table failed, 2 for mistakes, 130 when
+    interrupted.
+    """
     options = build_parser().parse_args(arguments)
     try:
         from unif2ace import commands
 
-        getattr(commands, options.command)(options)
+        status = getattr(commands, options.command)(options)
         sys.stdout.flush()
     except UserError as error:
         _complain(str(error))
@@ -245,7 +279,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader (head, a pager) has gone; keep Python's exit from flushing into it again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    return 0
+    return status or 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""The commands of `unif2ace.cli`, one function each: they take parsed options, print results, raise `UserError`."""
+"""The commands of `unif2ace.cli`, one function each: they take parsed options, print results, raise `UserError`.
+
+They return the exit status, or None for 0.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +13,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps
+from PIL import ImageOps
 from tqdm import tqdm
 
 from unif2ace.errors import UserError
 from unif2ace.files import check_folder, is_image_path, sha256, write_image
-from unif2ace.inputs import open_image
-from unif2ace.pipeline import ENGINES, UniF2acePipeline
+from unif2ace.inputs import open_face, open_image
+from unif2ace.pipeline import CAPTION_REQUEST, ENGINES, UniF2acePipeline
 
+DEFAULT_OUT = "faces.png"
 MAX_COLUMNS = 8
 
 
@@ -28,10 +32,16 @@ def demo(options: argparse.Namespace) -> None:
     run_demo(options.out, options.model)
 
 
-def generate(options: argparse.Namespace) -> None:
-    """`unif2ace generate`."""
+def generate(options: argparse.Namespace) -> int:
+    """`unif2ace generate`; returns the exit status."""
+    if options.prompts is not None:
+        from unif2ace.batch import command
+
+        return command.generate(options)
     from unif2ace.imaging import face_grid
 
+    if not options.prompt:
+        raise UserError("generate: expected a sentence, or --prompts, got neither")
     pipe = _pipeline(options)
     settings = pipe.defaults.override(
         steps=options.steps, guidance_scale=options.guidance, temperature=options.temperature
@@ -41,9 +51,9 @@ def generate(options: argparse.Namespace) -> None:
     known = {}
     if options.image is not None:
         mask = open_image(options.mask).convert("L")
-        known["known_image"] = _face(options.image, pipe.image_size, options.fit)
+        known["known_image"] = open_face(options.image, pipe.image_size, options.fit)
         known["known_mask"] = ImageOps.fit(mask, (pipe.image_size,) * 2) if options.fit else mask
-    out = Path(options.out)
+    out = Path(options.out or DEFAULT_OUT)
     check_folder(out.parent if is_image_path(out) else out)
     started = time.perf_counter()
     faces = pipe.generate(
@@ -81,18 +91,30 @@ def generate(options: argparse.Namespace) -> None:
             "files": [{"path": str(path), "sha256": sha256(path)} for path in files],
         }
         _print_json(facts)
-        return
+        return 0
     where = files[0] if len(files) == 1 else f"{out}/ ({len(files)} files)"
     print(f"{where}: {len(faces)} face{'s' * (len(faces) > 1)} in {seconds:.1f} s ({len(faces) / seconds:.2f} faces/s)")
+    return 0
 
 
-def ask(options: argparse.Namespace) -> None:
-    """`unif2ace ask`."""
+def ask(options: argparse.Namespace) -> int:
+    """`unif2ace ask`; returns the exit status."""
+    if options.questions is not None:
+        from unif2ace.batch import command
+
+        return command.ask(options)
+    if options.image is None:
+        raise UserError("ask: expected a picture, or --questions, got neither")
     if not options.question and not options.caption:
         raise UserError("ask: expected at least one question, or --caption, got neither")
     pipe = _pipeline(options)
-    face = _face(options.image, pipe.image_size, options.fit)
+    face = open_face(options.image, pipe.image_size, options.fit)
     started = time.perf_counter()
+    if not options.json and len(options.question) + options.caption == 1:  # one answer is shown while it grows
+        for _, text in pipe.stream_answers(face, options.question or CAPTION_REQUEST):
+            print(text, end="", flush=True)
+        print()
+        return 0
     answers = pipe.answer(face, options.question) if options.question else []
     caption = pipe.caption(face)[0] if options.caption else None
     seconds = time.perf_counter() - started
@@ -100,11 +122,12 @@ def ask(options: argparse.Namespace) -> None:
         pairs = [{"question": q, "answer": a} for q, a in zip(options.question, answers, strict=True)]
         facts = {"image": options.image, "answers": pairs, "caption": caption, "seconds": round(seconds, 4)}
         _print_json({**facts, **_machine_facts(pipe, options)})
-        return
+        return 0
     for question, answer in zip(options.question, answers, strict=True):
-        print(answer if len(answers) == 1 and caption is None else f"{question} {answer}")
+        print(f"{question} {answer}")
     if caption is not None:
         print(caption)
+    return 0
 
 
 def train(options: argparse.Namespace) -> None:
@@ -152,8 +175,8 @@ def evaluate(options: argparse.Namespace) -> None:
         temperature=options.temperature,
         on_step=_progress("drawing", "step"),
     )
-    answers = metrics.evaluate_answers(pipe, table, on_batch=_progress("answering", "answer"))
-    captions = metrics.evaluate_captions(pipe, table, on_batch=_progress("describing", "face"))
+    answers = metrics.evaluate_answers(pipe, table, on_answer=_progress("answering", "answer"))
+    captions = metrics.evaluate_captions(pipe, table, on_answer=_progress("describing", "face"))
     scores = {"generation": drawn, "judge_on_real_faces": real, "answers": answers, "captions": captions}
     if options.json:
         facts = {"faces": len(table), "scores": {name: score.to_dict() for name, score in scores.items()}}
@@ -238,18 +261,6 @@ def _pipeline(options: argparse.Namespace) -> UniF2acePipeline:
 def _set_threads(threads: int | None) -> None:
     if threads is not None:
         torch.set_num_threads(threads)
-
-
-def _face(path: str, size: int, fit: bool) -> Image.Image:
-    image = open_image(path)
-    if fit:
-        return ImageOps.fit(image.convert("RGB"), (size, size))
-    if image.mode != "RGB" or image.size != (size, size):
-        raise UserError(
-            f"{path}: expected an RGB picture of {size} x {size} pixels, got {image.mode} of {image.width} x "
-            f"{image.height}; --fit crops, resizes and converts it"
-        )
-    return image
 
 
 def _progress(description: str, unit: str) -> Callable[[int, int], None]:

@@ -13,11 +13,19 @@ import torch
 
 import unif2ace
 from unif2ace import native, ops
-from unif2ace.ops import _registry
+from unif2ace.ops import _registry, _varlen
 
 # Packages that change what can run or how fast; the first group is required, the second optional.
 REQUIRED = ("torch", "numpy", "safetensors", "tokenizers", "pillow", "pyarrow", "vector-quantize-pytorch")
-OPTIONAL = ("triton", "flash-attn", "transformers", "onnxruntime", "huggingface_hub", "pytest-benchmark")
+OPTIONAL = (
+    "triton",
+    "flash-attn",
+    "flash-attn-4",
+    "transformers",
+    "onnxruntime",
+    "huggingface_hub",
+    "pytest-benchmark",
+)
 
 
 def report() -> dict[str, object]:
@@ -25,7 +33,8 @@ def report() -> dict[str, object]:
 
     Returns:
         A dictionary of plain values: `unif2ace` and `python` versions, `platform`, `packages` (name -> version or
-        None), `cpu`, `gpu` (list, one dictionary per device), `native` (build facts, or the reason there is none), and
+        None), `cpu`, `gpu` (list, one dictionary per device), `native` (build facts, or the reason there is none),
+        `attention`: the libraries for attention on CUDA in the order they are tried, "ready" or the reason why not, and
         `backends`: rows with op, backend, device, available and reason, for the CPU and for CUDA where there is one.
     """
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -42,6 +51,7 @@ def report() -> dict[str, object]:
         "cpu": _cpu(),
         "gpu": [_gpu(index) for index in range(torch.cuda.device_count())],
         "native": {"available": native.why_not() is None, "reason": native.why_not(), "build": native.build_info()},
+        "attention": _attention(),
         "default_backend": ops.default_backend(),
         "backends": rows,
     }
@@ -61,6 +71,7 @@ def format_report(facts: dict[str, object]) -> str:
     if build is not None:
         native_rows += [(name, value if value is not None else "no") for name, value in build.items() if name != "cpu"]
     lines += _section("compiled module", native_rows)
+    lines += _section("attention on CUDA, 16-bit: the first that is ready", list(facts["attention"].items()))
     lines += [f"back ends (default: {facts['default_backend']})"]
     for device in dict.fromkeys(row["device"] for row in facts["backends"]):
         lines += ["", *_table([row for row in facts["backends"] if row["device"] == device], device)]
@@ -86,6 +97,12 @@ def _cpu() -> dict[str, object]:
         facts["instruction set in use"] = features["isa"]
         facts["features"] = " ".join(name for name, present in features.items() if present is True)
     return facts
+
+
+def _attention() -> dict[str, str]:
+    """Library -> "ready", or why it cannot run attention on this machine's GPU (without one: on a Hopper GPU)."""
+    major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
+    return {library.name: _varlen.why_not(library, 10 * major + minor) or "ready" for library in _varlen.LIBRARIES}
 
 
 def _gpu(index: int) -> dict[str, object]:

@@ -14,13 +14,14 @@ from unif2ace.errors import UserError
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
-def replace_file(path: Path, write: Callable[[Path], object]) -> Path:
+def replace_file(path: Path, write: Callable[[Path], object], partial: Path | None = None) -> Path:
     """Make `path` what `write(temporary path)` writes; folders are created.
 
-    The bytes are on the disk before the name changes, so a crash at any moment leaves the old file or the new one.
+    The bytes are on the disk before the name changes, so a crash at any moment leaves the old file or the new one (and
+    perhaps the temporary one; give its name, on the same file system, where many processes write and are killed).
     Raises `UserError` where the folder cannot be written or the disk is full; nothing partial stays.
     """
-    partial = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    partial = partial or path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -34,6 +35,15 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> Path:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise UserError(f"cannot write {path}: {reason}; expected a writable folder with free space") from error
     return path
+
+
+def sync_folder(path: Path) -> None:
+    """Force the names in a folder to the disk: after a power cut, files renamed before this are there."""
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def check_folder(path: Path) -> None:
@@ -62,5 +72,9 @@ def is_image_path(path: Path) -> bool:
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    """Hex digest of a file, read piece by piece."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from unif2ace.data.text import END_OF_TEXT, TextTokenizer
@@ -140,6 +140,19 @@ def open_image(path: str | Path) -> Image.Image:
             return image
     except FileNotFoundError as error:
         raise UserError(f"{path}: expected a picture file, found none") from error
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError, SyntaxError) as error:
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
         # Pillow reports broken files as any of these.
         raise UserError(f"{path}: expected a readable picture, got: {str(error).splitlines()[0]}") from error
+
+
+def open_face(path: str | Path, size: int, fit: bool) -> Image.Image:
+    """A picture file as a model takes it, RGB of `size` x `size`; `fit` crops, resizes and converts it to that."""
+    image = open_image(path)
+    if fit:
+        return ImageOps.fit(image.convert("RGB"), (size, size))
+    if image.mode != "RGB" or image.size != (size, size):
+        raise UserError(
+            f"{path}: expected an RGB picture of {size} x {size} pixels, got {image.mode} of {image.width} x "
+            f"{image.height}; --fit crops, resizes and converts it"
+        )
+    return image

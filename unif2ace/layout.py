@@ -63,6 +63,14 @@ class SequenceLayout:
         return [block for block in both if block[1] > block[0]]
 
 
+def ranges(starts: Sequence[int], lengths: Sequence[int]) -> Tensor:
+    """Concatenation of start .. start + length - 1 over the sequences, [sum of lengths] int64, on the host."""
+    begin, count = torch.tensor(starts, dtype=torch.int64), torch.tensor(lengths, dtype=torch.int64)
+    # No Python loop over rows.
+    shift = (begin - count.cumsum(0) + count).repeat_interleave(count, output_size=sum(lengths))
+    return torch.arange(shift.numel()) + shift
+
+
 class Layout:
     """Host-side description of a packed batch and the index tensors derived from it, each built once on first use.
 
@@ -91,11 +99,9 @@ class Layout:
         """A host list as a tensor on the device of the layout."""
         return torch.tensor(values, dtype=dtype).to(self.device, non_blocking=True)
 
-    def ranges(self, starts: list[int], lengths: list[int]) -> Tensor:
-        """Concatenation of start .. start + length - 1 over the sequences, without a Python loop over rows."""
-        begin, count = torch.tensor(starts, dtype=torch.int64), torch.tensor(lengths, dtype=torch.int64)
-        shift = (begin - count.cumsum(0) + count).repeat_interleave(count)
-        return (torch.arange(shift.numel()) + shift).to(self.device, non_blocking=True)
+    def ranges(self, starts: Sequence[int], lengths: Sequence[int]) -> Tensor:
+        """`ranges` on the device of the layout."""
+        return ranges(starts, lengths).to(self.device, non_blocking=True)
 
     @cached_property
     def starts(self) -> tuple[int, ...]:

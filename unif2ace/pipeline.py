@@ -15,9 +15,10 @@ stored is in `unif2ace.bundle`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from PIL import Image
@@ -27,12 +28,14 @@ from unif2ace import inputs
 from unif2ace.bundle import Parts, load_parts, resolve_folder, save_parts
 from unif2ace.codec.pixels import to_float, to_uint8
 from unif2ace.errors import UserError
-from unif2ace.generation.decoding import decode_answers
-from unif2ace.generation.plain import generate_codes, to_signed
-from unif2ace.generation.settings import MAX_TEMPERATURE, GenerationConfig, check_count, check_number
+from unif2ace.generation.answer_text import AnswerText, has_stop
+from unif2ace.generation.decoding import stream_answers
+from unif2ace.generation.engine import GenerationEngine, Request
+from unif2ace.generation.plain import generate_codes
+from unif2ace.generation.settings import MAX_TEMPERATURE, GenerationConfig, check_count, check_number, to_signed
 from unif2ace.ops import BACKENDS, _registry, use_backend
 
-ENGINES = ("plain",)
+ENGINES = ("fast", "plain")
 OPS = (
     "linear",
     "rotary",
@@ -46,6 +49,7 @@ CAPTION_REQUEST = "Describe the face."
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 Images = Image.Image | Sequence[Image.Image]
+Item = TypeVar("Item")
 
 
 class UniF2acePipeline:
@@ -119,6 +123,15 @@ class UniF2acePipeline:
     def _on_backend(self) -> AbstractContextManager:
         return nullcontext() if self.backend == "auto" else use_backend(self.backend)
 
+    def each_on_backend(self, items: Iterator[Item]) -> Iterator[Item]:
+        """The items, each made on this pipeline's back end; what the caller does between two of them is his own."""
+        while True:
+            with self._on_backend():
+                item = next(items, None)
+            if item is None:
+                return
+            yield item
+
     # ----------------------------------------------------------------------------------------------------- text to face
 
     @torch.no_grad()
@@ -131,7 +144,7 @@ class UniF2acePipeline:
         guidance_scale: float | None = None,
         temperature: float | None = None,
         seed: int | Sequence[int] = 0,
-        engine: str = "plain",
+        engine: str = "fast",
         known_image: Image.Image | None = None,
         known_mask: Image.Image | Tensor | None = None,
         batch_size: int = 32,
@@ -144,16 +157,18 @@ class UniF2acePipeline:
             steps, guidance_scale, temperature: None takes the model's defaults (`GenerationConfig`).
             seed: an integer s gives image i the seed s + i (modulo 2^64); a list gives each image its own. An image
                 depends on its prompt, its seed and these settings, never on the images drawn with it.
-            engine: "plain", the loop of the paper.
+            engine: "fast" (`GenerationEngine`), or "plain", the loop of the paper, which needs more work for the same
+                codes.
             known_image, known_mask: in-painting. An RGB picture of `image_size` and which of its pixels to keep: a PIL
                 mask (white = keep) or a bool array (True = keep). A token cell is kept when all its pixels are; the
                 others are drawn anew. Kept pixels come back unchanged.
             batch_size: images per batch; bounds the memory, does not change the images.
-            on_step: called as on_step(done, total) after every step.
+            on_step: called as on_step(done, total) after every step of a batch.
 
         Returns RGB images of `image_size`, in order. Raises `UserError` for anything that does not fit.
 
-        Cost: steps * (1 or, with guidance, 2) passes of `num_image_tokens` + 2 rows per image.
+        Cost: (steps - 1) * (1 or, with guidance, 2) passes of `num_image_tokens` + 2 rows per image, and one per
+        prompt.
         """
         texts = inputs.as_texts("prompt", prompts)
         count = len(texts) * check_count("num_images_per_prompt", num_images_per_prompt)
@@ -163,35 +178,94 @@ class UniF2acePipeline:
             raise UserError(f"engine: expected one of {', '.join(ENGINES)}, got {engine!r}")
         check_count("batch_size", batch_size)
         encoded = inputs.encode_texts("prompt", texts, self.tokenizer, settings.max_prompt_tokens, question=False)
-        encoded = [ids for ids in encoded for _ in range(num_images_per_prompt)]
         keep, known_pixels, known = self._known(known_image, known_mask)
-        faces: list[Image.Image] = []
-        batches = -(-count // batch_size)
+        draw = self._draw_plain if engine == "plain" else self._draw
+        with self._on_backend():
+            pixels = draw(encoded, num_images_per_prompt, seeds, settings, known, batch_size, on_step)
+        if keep is not None:
+            pixels = torch.where(keep[..., None], known_pixels, pixels)
+        return [Image.fromarray(face.numpy()) for face in pixels]
+
+    def _draw(
+        self,
+        prompts: list[list[int]],
+        per_prompt: int,
+        seeds: list[int],
+        settings: GenerationConfig,
+        known: tuple[Tensor, Tensor] | None,
+        batch_size: int,
+        on_step: Callable[[int, int], None] | None,
+    ) -> Tensor:
+        """uint8 [images, S, S, 3] on the CPU, by the engine."""
+        done, total = 0, -(-len(seeds) // batch_size) * settings.steps
+
+        def report() -> None:
+            nonlocal done
+            done += 1
+            on_step(done, total)
+
+        engine = GenerationEngine(
+            self.model,
+            self.codec,
+            min(batch_size, len(seeds)),
+            max_prompt_tokens=max(1, *map(len, prompts)),
+            on_step=None if on_step is None else report,
+        )
+        requests = [
+            Request(
+                prompt,
+                seeds[index * per_prompt : (index + 1) * per_prompt],
+                settings.steps,
+                settings.guidance_scale,
+                settings.temperature,
+                settings.remask_tau,
+                *(known or ()),
+                key=index * per_prompt,
+            )
+            for index, prompt in enumerate(prompts)
+        ]
+        faces = torch.empty(len(seeds), self.image_size, self.image_size, 3, dtype=torch.uint8)
+        for face in engine.stream(requests):
+            if face.error is not None:
+                raise UserError(face.error)
+            faces[face.request.key + face.index] = face.pixels
+        return faces
+
+    def _draw_plain(
+        self,
+        prompts: list[list[int]],
+        per_prompt: int,
+        seeds: list[int],
+        settings: GenerationConfig,
+        known: tuple[Tensor, Tensor] | None,
+        batch_size: int,
+        on_step: Callable[[int, int], None] | None,
+    ) -> Tensor:
+        """The same by the plain loop, batch after batch."""
+        prompts = [ids for ids in prompts for _ in range(per_prompt)]
+        batches = -(-len(seeds) // batch_size)
+        faces = []
         for index in range(batches):
             part = slice(index * batch_size, (index + 1) * batch_size)
-            number = len(seeds[part])
 
             def report(done: int, total: int, before: int = index) -> None:
                 on_step(before * total + done, batches * total)
 
-            with self._on_backend():
-                codes = generate_codes(
-                    self.model,
-                    encoded[part],
-                    seeds[part],
-                    steps=settings.steps,
-                    guidance=settings.guidance_scale,
-                    temperature=settings.temperature,
-                    tau=settings.remask_tau,
-                    known_codes=None if known is None else known[0].expand(number, -1),
-                    known=None if known is None else known[1].expand(number, -1),
-                    on_step=None if on_step is None else report,
-                )
-            pixels = to_uint8(self.codec.decode(codes)).cpu()
-            if keep is not None:
-                pixels = torch.where(keep[..., None], known_pixels, pixels)
-            faces.extend(Image.fromarray(face.numpy()) for face in pixels)
-        return faces
+            number = len(seeds[part])
+            codes = generate_codes(
+                self.model,
+                prompts[part],
+                seeds[part],
+                steps=settings.steps,
+                guidance=settings.guidance_scale,
+                temperature=settings.temperature,
+                tau=settings.remask_tau,
+                known_codes=None if known is None else known[0].expand(number, -1),
+                known=None if known is None else known[1].expand(number, -1),
+                on_step=None if on_step is None else report,
+            )
+            faces.append(to_uint8(self.codec.decode(codes)).cpu())
+        return torch.cat(faces)
 
     def _known(
         self, image: Image.Image | None, mask: Image.Image | Tensor | None
@@ -214,24 +288,57 @@ class UniF2acePipeline:
         images: Images,
         questions: str | Sequence[str],
         *,
-        max_new_tokens: int | None = None,
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int | Sequence[int] = 0,
-        batch_size: int = 64,
-        on_batch: Callable[[int, int], None] | None = None,
+        on_answer: Callable[[int, int], None] | None = None,
+        **options: object,
     ) -> list[str]:
         """Answer questions about faces: question i about image i, or one image with many questions, or the reverse.
 
         Args:
             images: RGB PIL images of `image_size`. questions: English; each at most `max_prompt_tokens` tokens.
-            max_new_tokens: None takes the model's default. temperature: 0 takes the likeliest token; above, `top_k` and
-                `top_p` narrow the choice, and answer i uses the seed as image i of `generate` does.
-            on_batch: called as on_batch(done, total) answers after every batch of `batch_size`.
+            on_answer: called as on_answer(done, total) whenever an answer is complete.
+            options: those of `stream_answers`.
 
         Returns one string per question. Raises `UserError` for anything that does not fit.
         """
+        number, pieces = self._ask(images, questions, **options)
+        answers, done = [""] * number, 0
+        for index, text, ended in pieces:
+            answers[index] += text
+            done += ended
+            if ended and on_answer is not None:
+                on_answer(done, number)
+        return answers
+
+    def stream_answers(
+        self, images: Images, questions: str | Sequence[str], **options: object
+    ) -> Iterator[tuple[int, str]]:
+        """The same answers while they grow: (index of the question, further text), those of a batch interleaved.
+
+        Options:
+            max_new_tokens: None takes the model's default. temperature: 0 takes the likeliest token; above, `top_k` and
+                `top_p` narrow the choice, and answer i uses the `seed` as image i of `generate` does.
+            stop: a string or several; an answer ends before the first of them.
+            batch_size: questions in one batch.
+
+        Raises `UserError` as `answer` does.
+        """
+        _, pieces = self._ask(images, questions, **options)
+        return ((index, text) for index, text, _ in pieces if text)
+
+    def _ask(
+        self,
+        images: Images,
+        questions: str | Sequence[str],
+        *,
+        max_new_tokens: int | None = None,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | Sequence[int] = 0,
+        stop: str | Sequence[str] = (),
+        batch_size: int = 64,
+    ) -> tuple[int, Iterator[tuple[int, str, bool]]]:
+        """Check everything; the number of answers, and their pieces: (index, further text, is that the end)."""
         pixels, which = inputs.as_pixels("image", images, self.image_size)
         texts = inputs.as_texts("question", questions)
         if len(which) != len(texts) and 1 not in (len(which), len(texts)):
@@ -251,27 +358,29 @@ class UniF2acePipeline:
         check_count("batch_size", batch_size)
         encoded = inputs.encode_texts("question", texts, self.tokenizer, settings.max_prompt_tokens, question=True)
         encoded = encoded * number if len(encoded) == 1 else encoded
-        codes, features = self.read_images(pixels, batch_size)
-        answers: list[str] = []
-        for start in range(0, number, batch_size):
-            part = slice(start, start + batch_size)
-            rows = torch.tensor(which[part], device=self.device)
-            with self._on_backend():
-                replies = decode_answers(
-                    self.model,
-                    codes[rows],
-                    encoded[part],
-                    {name: feature[rows] for name, feature in features.items()},
-                    max_new_tokens=settings.max_new_tokens,
-                    temperature=temperature,
-                    top_k=top_k,
-                    top_p=top_p,
-                    seeds=seeds[part],
+        stops = inputs.as_texts("stop", stop) if stop else []
+        decoding = {
+            "max_new_tokens": settings.max_new_tokens,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "stop": (lambda ids: has_stop(self.tokenizer.decode(ids), stops)) if stops else None,
+        }
+
+        def pieces() -> Iterator[tuple[int, str, bool]]:
+            codes, features = self.read_images(pixels, batch_size)
+            for start in range(0, number, batch_size):
+                part = slice(start, start + batch_size)
+                texts = [AnswerText(self.tokenizer, stops) for _ in encoded[part]]
+                batch = stream_answers(
+                    self.model, codes, encoded[part], features, images=which[part], seeds=seeds[part], **decoding
                 )
-            answers.extend(self.tokenizer.decode(ids) for ids in replies)
-            if on_batch is not None:
-                on_batch(len(answers), number)
-        return answers
+                for piece in self.each_on_backend(batch):
+                    text = texts[piece.index].add(piece.tokens)
+                    text += texts[piece.index].finish() if piece.ended else ""
+                    yield start + piece.index, text, piece.ended
+
+        return number, pieces()
 
     def caption(self, images: Images, **options: object) -> list[str]:
         """One sentence describing each image. `options` are those of `answer`; the defaults are greedy."""

@@ -228,6 +228,26 @@ def pack_understanding(
     return _fill(vocabulary, sequences, lead, codes)
 
 
+def pack_understanding_image(vocabulary: Vocabulary, codes: Tensor, cache_rows: Sequence[int]) -> PackedBatch:
+    """`[mmu] [soi] codes*N [eoi]` alone, to fill row `cache_rows[b]` of a cache: no image row ever sees the text."""
+    codes = _check_codes("pack_understanding_image", vocabulary, codes)
+    sequences = [SequenceLayout("understanding", 0, codes.shape[1] + 2, cache_row=row) for row in cache_rows]
+    return _fill(vocabulary, sequences, [], codes)
+
+
+def pack_questions(
+    vocabulary: Vocabulary, questions: Sequence[Sequence[int]], cached: Sequence[int], device: torch.device | str
+) -> PackedBatch:
+    """`[sot] question` behind the `cached[b]` rows of an image that lie in row b of the cache."""
+    _check_texts("pack_questions", vocabulary, questions, len(cached))
+    lead = [[vocabulary.sot, *question] for question in questions]
+    sequences = [
+        SequenceLayout("understanding", len(text), 0, cached=length, cache_row=row)
+        for row, (text, length) in enumerate(zip(lead, cached, strict=True))
+    ]
+    return _fill(vocabulary, sequences, lead, None).to(device)
+
+
 def pack_text_step(token_ids: Tensor, cached: Sequence[int], cache_rows: Sequence[int] | None = None) -> PackedBatch:
     """One further text row per understanding sequence: `token_ids` [B] int64 behind `cached[b]` rows in the cache."""
     if token_ids.dim() != 1 or len(token_ids) != len(cached):

@@ -21,6 +21,10 @@ template <class F>
 UNIF2ACE_INLINE F unsigned_to_float(Integers<F> x) {
   return IntegersOf<F>::to_float((x >> 16) & 0xffff) * 65536.0f + IntegersOf<F>::to_float(x & 0xffff);
 }
+template <>
+UNIF2ACE_INLINE float unsigned_to_float<float>(int32_t x) {
+  return static_cast<float>(static_cast<uint32_t>(x));
+}
 
 // Normal y > 0 as 2^n (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)).
 template <class F>

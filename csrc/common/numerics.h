@@ -82,12 +82,13 @@ UNIF2ACE_INLINE F maximum(F a, F b) {
   return a > b ? a : b;
 }
 
-// An integer that sorts like the float: a < b as floats exactly when key(a) < key(b). Lets top-k mark a taken entry
-// with a key below that of -inf, and never hang on NaN.
+// An integer that sorts like the float: a < b as floats exactly when key(a) < key(b); any NaN comes last, as sorting
+// has it. Lets top-k mark a taken entry with a key below that of -inf, and never hang on NaN.
 template <class F>
 UNIF2ACE_INLINE Integers<F> ordered_key(F x) {
-  const Integers<F> bits = float_bits(x + 0.0f);  // -0 + 0 = +0: the two zeros are equal and have to tie
-  return bits ^ ((bits >> 31) & 0x7fffffff);      // negative floats grow in magnitude with their bits: turn them around
+  const Integers<F> bits = float_bits(x + 0.0f);               // -0 + 0 = +0: the two zeros are equal and have to tie
+  const Integers<F> key = bits ^ ((bits >> 31) & 0x7fffffff);  // negative floats grow with their bits: turn them around
+  return x == x ? key : Integers<F>{} + INT32_MAX;
 }
 
 // e^x for x <= 0, within one unit in the last place; 0 below -86 (e^-86 = 4.5e-38, the edge of the normal floats); NaN

@@ -16,9 +16,10 @@ namespace unif2ace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// An uninitialised contiguous CPU tensor.
+// An uninitialised contiguous tensor on a device.
 template <size_t N>
-inline Tensor empty_cpu(const std::array<int64_t, N>& sizes, int32_t aoti_dtype) {
+inline Tensor empty_on(int32_t device_type, int32_t device_index, const std::array<int64_t, N>& sizes,
+                       int32_t aoti_dtype) {
   std::array<int64_t, N> strides;
   int64_t stride = 1;
   for (size_t i = N; i-- > 0;) {
@@ -27,8 +28,13 @@ inline Tensor empty_cpu(const std::array<int64_t, N>& sizes, int32_t aoti_dtype)
   }
   AtenTensorHandle handle = nullptr;
   TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(N, sizes.data(), strides.data(), aoti_dtype, aoti_torch_device_type_cpu(), 0, &handle));
+      aoti_torch_empty_strided(N, sizes.data(), strides.data(), aoti_dtype, device_type, device_index, &handle));
   return Tensor(handle);
+}
+
+template <size_t N>
+inline Tensor empty_cpu(const std::array<int64_t, N>& sizes, int32_t aoti_dtype) {
+  return empty_on<N>(aoti_torch_device_type_cpu(), 0, sizes, aoti_dtype);
 }
 
 // A `str` argument of a schema. (The library's own conversion to std::string never frees one copy.)

@@ -102,7 +102,7 @@ Tensor remask(const Tensor& log_confidence, const Tensor& row_offsets, const Ten
         const int64_t row = first + i;
         const float noise = noise_of(static_cast<uint64_t>(seed[b]), position[row], step[b]);
         const float key = confidence[row] + weight[b] * noise;
-        keys[i] = key == key ? ordered_key(key) : INT32_MAX;  // NaN last, as sorting does
+        keys[i] = ordered_key(key);
       }
       mark_smallest(keys, keep[b], [&](int64_t i) { return position[first + i]; }, out + first);
     }

@@ -43,33 +43,11 @@ UNIF2ACE_MULTIVERSION(run_backward, backward_body,
                       (Scoring scoring, const Backward& a, int64_t begin, int64_t end, Scratch& scratch),
                       (scoring, a, begin, end, scratch))
 
-Scoring parse_scoring(const std::string& name) {
-  check(name == "softmax" || name == "sigmoid", "route: scoring must be 'softmax' or 'sigmoid', got '", name, "'");
-  return name == "softmax" ? Scoring::softmax : Scoring::sigmoid;
-}
-
 // Checks everything that memory safety hangs on; `widest` receives the columns of the largest group.
 Problem make_problem(const Tensor& logits, int64_t top_k, const Tensor* token_group, const std::vector<int64_t>& bounds,
                      bool renormalize, double scale, int* widest) {
-  const ScalarType dtype = logits.scalar_type();
-  check(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
-        "route: native logits must be float32, bfloat16 or float16");
-  check(logits.dim() == 2, "route: logits must be [T, E], got ", logits.dim(), " dimensions");
-  const int64_t experts = logits.size(1);
-  check(experts >= 1 && experts <= 65536, "route: the number of experts must be 1..65536, got ", experts);
-  check(bounds.size() >= 2 && bounds.front() == 0 && bounds.back() == experts,
-        "route: group_bounds must run from 0 to ", experts);
-  *widest = 0;
-  for (size_t g = 0; g + 1 < bounds.size(); ++g) {
-    const int64_t width = bounds[g + 1] - bounds[g];
-    check(width >= std::max<int64_t>(top_k, 1), "route: top_k = ", top_k, " is more than the ", width,
-          " experts of group ", g);
-    *widest = std::max(*widest, static_cast<int>(width));
-  }
-  check(top_k >= 1, "route: top_k must be at least 1, got ", top_k);
-  check(logits.size(0) * top_k <= INT32_MAX, "route: T * top_k must fit into int32, got ", logits.size(0) * top_k);
+  *widest = check_shapes(logits, top_k, token_group != nullptr, bounds, 65536);
   const int groups = static_cast<int>(bounds.size()) - 1;
-  check(groups == 1 || token_group != nullptr, "route: token_group is needed with ", groups, " groups");
   const int32_t* group = nullptr;
   if (token_group != nullptr) {
     group = static_cast<const int32_t*>(token_group->const_data_ptr());
@@ -80,12 +58,12 @@ Problem make_problem(const Tensor& logits, int64_t top_k, const Tensor* token_gr
     }
     check(low >= 0 && high < groups, "route: token_group must be 0..", groups - 1, ", got ", low < 0 ? low : high);
   }
-  return {dtype,
+  return {logits.scalar_type(),
           logits.const_data_ptr(),
           logits.stride(0),
           logits.stride(1),
           logits.size(0),
-          static_cast<int>(experts),
+          static_cast<int>(logits.size(1)),
           static_cast<int>(top_k),
           groups,
           group,

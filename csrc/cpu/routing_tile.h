@@ -12,7 +12,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "common/stable.h"
+#include "common/routing.h"
 #include "common/topk.h"
 #include "cpu/convert.h"
 
@@ -20,8 +20,6 @@ namespace unif2ace::routing {
 
 constexpr int kLanes = 16;       // tokens per tile, and the stride between its columns
 constexpr int64_t kChunk = 256;  // tokens per chunk: fixed, so that sums do not depend on the number of threads
-
-enum class Scoring { softmax, sigmoid };
 
 // What forward and backward have in common. Strides count elements.
 struct Problem {
@@ -134,21 +132,6 @@ UNIF2ACE_INLINE void store_tile(const Problem& problem, const int64_t* token, in
 }
 
 // The functions below handle the F-wide part of a tile that starts at the given pointers.
-// A sum in two levels: with hundreds of columns the rounding errors of a single running sum would show.
-template <class F>
-struct Sum {
-  F total = splat<F>(0.0f), part = splat<F>(0.0f);
-  int terms = 0;
-  UNIF2ACE_INLINE void add(F x) {
-    part += x;
-    if (++terms % 16 == 0) {
-      total += part;
-      part = splat<F>(0.0f);
-    }
-  }
-  UNIF2ACE_INLINE F value() const { return total + part; }
-};
-
 // Softmax over n columns: x -> numerators e^(x - max) in p (which may be x), and the sum and maximum they belong to.
 template <class F>
 UNIF2ACE_INLINE void exponentials(const float* x, int n, float* p, F& max, F& sum) {

@@ -5,7 +5,7 @@ import torch
 
 from tests.tiny import TOKENS, build_parts
 from unif2ace.errors import UserError
-from unif2ace.generation.decoding import decode_answers
+from unif2ace.generation.decoding import decode_answers, stream_answers
 from unif2ace.vocabulary import pack_understanding
 
 END_BIAS = 5.0  # makes this random model end its answers after different numbers of tokens
@@ -67,6 +67,73 @@ def test_sequences_leave_the_batch_when_they_end(parts):
             model.head.bias[eot] = before
     assert len({len(answer) for answer in answers}) > 1  # they ended at different steps
     assert all(eot not in answer for answer in answers)
+
+
+@pytest.mark.parametrize("steps_per_check", [1, 2, 3, 64])
+def test_how_often_the_host_looks_changes_nothing(parts, steps_per_check):
+    model, codes, features = parts
+    eot = model.vocabulary.eot
+    before = model.head.bias[eot].item()
+    try:
+        with torch.no_grad():
+            model.head.bias[eot] += END_BIAS
+        options = {"max_new_tokens": 7, "temperature": 1.0, "seeds": [1, 2, 3]}
+        expected = decode_answers(model, codes, QUESTIONS, features, **options, steps_per_check=1)
+        found = decode_answers(model, codes, QUESTIONS, features, **options, steps_per_check=steps_per_check)
+    finally:
+        with torch.no_grad():
+            model.head.bias[eot] = before
+    assert found == expected
+    assert len({len(answer) for answer in expected}) > 1
+
+
+def test_an_image_runs_once_for_all_questions_about_it(parts, monkeypatch):
+    model, codes, features = parts
+    which, questions = [2, 0, 2, 2, 0], [*QUESTIONS, [3, 4], [17]]
+    expected = [
+        decode_answers(
+            model, codes[i : i + 1], [question], {k: v[i : i + 1] for k, v in features.items()}, max_new_tokens=4
+        )[0]
+        for i, question in zip(which, questions, strict=True)
+    ]
+    rows, forward = [], model.forward
+    monkeypatch.setattr(model, "forward", lambda batch, **k: rows.append(len(batch.token_ids)) or forward(batch, **k))
+    assert decode_answers(model, codes, questions, features, images=which, max_new_tokens=4) == expected
+    assert rows[0] == 2 * (TOKENS + 3)
+    assert rows[1] == sum(len(question) + 1 for question in questions)
+
+
+def test_pieces_of_an_answer_are_the_answer(parts):
+    model, codes, features = parts
+    options = {"max_new_tokens": 6, "steps_per_check": 2}
+    answers, ended = [[] for _ in QUESTIONS], []
+    for piece in stream_answers(model, codes, QUESTIONS, features, **options):
+        assert piece.index not in ended
+        assert 0 < len(piece.tokens) <= 2 or piece.ended
+        answers[piece.index] += piece.tokens
+        ended += [piece.index] * piece.ended
+    assert answers == decode_answers(model, codes, QUESTIONS, features, max_new_tokens=6)
+    assert sorted(ended) == [0, 1, 2]
+
+
+def test_a_stop_ends_an_answer(parts):
+    model, codes, features = parts
+    whole = decode_answers(model, codes, QUESTIONS, features, max_new_tokens=6)
+    word = whole[1][2]
+    found = decode_answers(model, codes, QUESTIONS, features, max_new_tokens=6, stop=lambda ids: ids[-1] == word)
+    for short, long in zip(found, whole, strict=True):
+        assert short == long[: long.index(word) + 1 if word in long else len(long)]
+
+
+def test_no_question_has_no_answer(parts):
+    model, codes, features = parts
+    assert decode_answers(model, codes, [], features) == []
+
+
+def test_images_that_are_not_there_are_refused(parts):
+    model, codes, features = parts
+    with pytest.raises(UserError, match="expected an image below 3 for each of 3 questions"):
+        decode_answers(model, codes, QUESTIONS, features, images=[0, 1, 3])
 
 
 def test_max_new_tokens_is_a_limit(parts):

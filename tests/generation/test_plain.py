@@ -1,13 +1,14 @@
-"""The loop: an image is a function of its prompt and seed; known tokens stay; caching the text changes nothing."""
+"""The loop: an image is a function of its prompt and seed; known tokens stay; and it is the formula, written out."""
 
 import pytest
 import torch
 
 from tests.tiny import TOKENS, build_parts
 from unif2ace.errors import UserError
-from unif2ace.generation.plain import generate_codes, to_signed
+from unif2ace.generation.plain import generate_codes
 from unif2ace.generation.schedule import schedule_steps
-from unif2ace.ops import remask, sample_tokens
+from unif2ace.generation.settings import to_signed
+from unif2ace.ops import remask, sample_tokens, use_backend
 from unif2ace.vocabulary import pack_generation
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [14, 15]]
@@ -59,7 +60,7 @@ def test_on_step_is_called_after_every_step(model):
 
 @torch.no_grad()
 def written_out(model, prompt, seed, steps, guidance):
-    """One image without any cache: prompt and image are run in full at every step."""
+    """One image, and sampling of its unknown tokens alone."""
     vocabulary, columns = model.vocabulary, model.vocabulary.code_columns
     codes = torch.full((1, TOKENS), vocabulary.mask_code)
     for k, step in enumerate(schedule_steps(TOKENS, steps)):
@@ -88,10 +89,11 @@ def written_out(model, prompt, seed, steps, guidance):
     return codes[0]
 
 
-def test_cached_text_gives_the_tokens_of_the_loop_written_out():
+def test_the_batched_loop_gives_the_tokens_of_one_image_written_out():
     model = build_parts().model.double()  # float64: the two orders of summation cannot flip a token
     for prompt, seed in zip(PROMPTS[:2], [3, 4], strict=True):
-        codes = generate_codes(model, [prompt], [seed], steps=4, guidance=1.5, backend="reference")
+        with use_backend("reference"):
+            codes = generate_codes(model, [prompt, [3]], [seed, 9], steps=4, guidance=1.5)
         assert torch.equal(codes[0], written_out(model, prompt, seed, 4, 1.5))
 
 
@@ -105,10 +107,10 @@ def test_guidance_zero_runs_the_conditional_half_only(model, monkeypatch):
 
     monkeypatch.setattr(type(model), "forward", counted)
     generate_codes(model, PROMPTS[:2], SEEDS[:2], steps=2, guidance=0.0)
-    halves = rows[1:]
+    text = sum(len(prompt) + 3 for prompt in PROMPTS[:2])
+    assert rows == [text + 2 * (TOKENS + 2)] * 2
     generate_codes(model, PROMPTS[:2], SEEDS[:2], steps=2, guidance=1.0)
-    assert halves == [2 * (TOKENS + 2)] * 2
-    assert rows[-2:] == [4 * (TOKENS + 2)] * 2
+    assert rows[2:] == [text + 2 * (TOKENS + 2), 2 * (3 + TOKENS + 2)] * 2
 
 
 def test_known_codes_of_another_shape_are_refused(model):

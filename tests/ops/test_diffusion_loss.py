@@ -29,6 +29,11 @@ BACKENDS = available_backends("diffusion_loss")
 IMAGE_TOKENS = 16
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+CASES = [(name, dtype) for dtype in DTYPES for name in available_backends("diffusion_loss", dtype)]
+each_case = pytest.mark.parametrize(("backend", "dtype"), CASES, ids=str)
+# Triton's interpreter takes a microsecond or so per logit.
+SLOW_TRITON = [pytest.param(*c, marks=[pytest.mark.slow] * (c[0] == "triton"), id=f"{c[0]}-{c[1]}") for c in CASES]
+needs_triton = pytest.mark.skipif("triton" not in BACKENDS, reason="Triton is not installed")
 each_shape = pytest.mark.parametrize("shape", LOSS_SMALL.values(), ids=LOSS_SMALL.keys())
 each_weight = pytest.mark.parametrize("score_weight", SCORE_WEIGHTS)
 each_columns = pytest.mark.parametrize("score_columns", SCORE_COLUMNS)
@@ -68,10 +73,9 @@ def mask_ratios(rows: int) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------- linear_loss
 
 
-@each_dtype
+@each_case
 @each_shape
 @pytest.mark.parametrize("sliced", [False, True], ids=["all-columns", "code-columns"])
-@each_backend
 def test_linear_loss_and_gradients(backend: str, sliced: bool, shape: LossShape, dtype: torch.dtype):
     targets, row_weight = code_targets(shape), torch.rand(shape.rows)
     columns = code_columns(shape) if sliced else None
@@ -169,10 +173,9 @@ def test_equal_calls_give_equal_bits_forward_and_backward(backend: str):
 
 
 @pytest.mark.usefixtures("chunk")
-@each_dtype
+@each_case
 @each_shape
 @each_columns
-@each_backend
 def test_d3diff_and_gradients(backend: str, score_columns: str, shape: LossShape, dtype: torch.dtype):
     targets, ratio = code_targets(shape), mask_ratios(shape.rows)
 
@@ -343,9 +346,8 @@ def large_targets() -> Tensor:
     return targets
 
 
-@each_dtype
+@pytest.mark.parametrize(("backend", "dtype"), SLOW_TRITON)
 @each_columns
-@each_backend
 def test_many_chunks_and_blocks(backend: str, score_columns: str, dtype: torch.dtype):
     targets = large_targets()
 
@@ -353,6 +355,57 @@ def test_many_chunks_and_blocks(backend: str, score_columns: str, dtype: torch.d
         return large_run(score_columns, targets, backend, **inputs)
 
     assert_matches_reference(run, head(LARGE), dtype, backend)
+
+
+@needs_triton
+@pytest.mark.parametrize(("dtype", "score_columns"), [(torch.float32, "code"), (torch.float16, "all")], ids=str)
+def test_triton_chunks_of_rows(dtype: torch.dtype, score_columns: str, monkeypatch: pytest.MonkeyPatch):
+    """Three full chunks and a short one; columns for two passes of each kernel."""
+    kernels = pytest.importorskip("unif2ace.kernels.diffusion_loss")
+    monkeypatch.setattr(kernels, "MIN_CHUNK_ROWS", 64)
+    inputs = head(LossShape(200, 8, 530, 0))
+    assert kernels._chunk_rows(200, inputs["hidden"].to(dtype), True) == 64
+    targets = torch.randint(131, 517, (200,))
+    targets[1::3] = -100
+
+    def run(backend: str, **inputs: Tensor) -> tuple[Tensor, ...]:
+        options = {"num_image_tokens": IMAGE_TOKENS, "code_columns": (131, 517), "score_columns": score_columns}
+        result = d3diff_loss(**inputs, targets=targets, mask_ratio=mask_ratios(200), **options, backend=backend)
+        return (result.total,)
+
+    assert_matches_reference(run, inputs, dtype, "triton")
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_triton_needs_the_memory_of_one_chunk(dtype: torch.dtype):
+    """For each column of the head: logits of C = max(1024, H) rows, and float32 sums of dW where dtype is not."""
+    kernels = pytest.importorskip("unif2ace.kernels.diffusion_loss")
+    for width in (64, 1024, 2048, 8192):
+        usual, sums = max(1024, width) * dtype.itemsize, 4 * width * (dtype.itemsize < 4)
+        for rows in (1, 1000, 4096, 6144, 6145, 8192, 100_000):
+            hidden = torch.empty(rows, width, dtype=dtype, device="meta")
+            chunk = kernels._chunk_rows(rows, hidden, True)
+            assert chunk * dtype.itemsize + (sums if chunk < rows else 0) <= usual + sums
+            assert chunk >= min(rows, 512)  # a chunk is no sliver either
+            assert kernels._chunk_rows(rows, hidden, False) <= 1024
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("unknown", [-(2**31), -1, 2, 9, 11, 2**31 - 1])
+def test_a_target_unknown_to_triton_is_no_number(unknown: int, dtype: torch.dtype):
+    """On a GPU nobody can refuse it without waiting. Its own row is spoilt, and nothing out of bounds is addressed."""
+    hidden, weight, bias = (x.float() for x in head(LossShape(5, 4, 11, 0)).values())
+    targets = torch.tensor([3, unknown, -100, 8, 5], dtype=dtype)
+    arguments = (hidden, weight, bias, targets, torch.ones(5), torch.ones(5), [3, 9], [4, 7], True)
+    op = _registry.registered(_registry.choose("diffusion_loss", "triton", hidden.device), "linear_loss")
+    loss, nll, _, grad_hidden, grad_weight, _ = op(*arguments)
+    assert loss.isnan()
+    assert nll.isnan().tolist() == [False, True, False, False, False]
+    assert grad_hidden.isnan().any(dim=1).tolist() == [False, True, False, False, False]
+    assert not grad_weight[:3].any()
+    assert not grad_weight[9:].any()
 
 
 @each_dtype
@@ -380,7 +433,7 @@ MEMORY_PROGRAM = """
 import resource, torch
 from unif2ace.ops import linear_loss
 def run(rows):
-    hidden, weight = torch.randn(rows, 16, requires_grad=True), torch.randn(8192, 16, requires_grad=True)
+    hidden, weight = (torch.randn(n, 16, dtype={dtype}, requires_grad=True) for n in (rows, 8192))
     loss, _ = linear_loss(hidden, weight, None, torch.arange(rows), torch.ones(rows), backend="{backend}")
     loss.backward()
 run(600)
@@ -390,10 +443,10 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
-@each_backend
-def test_logits_are_never_whole_in_memory(backend: str):
+@pytest.mark.parametrize(("backend", "dtype"), [c for c in SLOW_TRITON if c.values[1] == torch.float32])
+def test_logits_are_never_whole_in_memory(backend: str, dtype: torch.dtype):
     """Ten times the rows need no more memory; all logits would be 192 MiB, and the definition holds them thrice."""
-    done = run_python(MEMORY_PROGRAM.format(backend=backend))
+    done = run_python(MEMORY_PROGRAM.format(backend=backend, dtype=dtype))
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 24 * 1024, f"{done.stdout} KiB more"
 

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.shapes import ATTENTION_SMALL, AttentionShape
 from tests import oracle
@@ -17,7 +18,8 @@ from tests.bits import assert_same_for_threads, assert_same_on_instruction_sets,
 from tests.oracle import DTYPES, assert_matches_reference, available_backends, noncontiguous
 from unif2ace.errors import UserError
 from unif2ace.ops import _registry, omni_attention
-from unif2ace.ops.omni_attention import AttentionBlocks, _runs, reference_omni_attention
+from unif2ace.ops._sdpa import is_fused, runs_of
+from unif2ace.ops.omni_attention import AttentionBlocks, reference_omni_attention
 
 BACKENDS = available_backends("omni_attention")
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -198,12 +200,35 @@ def test_a_sequence_does_not_depend_on_its_neighbours(backend: str):
     assert torch.equal(alone, whole[12:27])
 
 
+@pytest.mark.gpu
+@each_dtype
+def test_backward_of_many_keys_adds_in_a_fixed_order(dtype: torch.dtype):
+    blocks = generation([40, 70, 40], 700)
+    inputs = {name: x.to(dtype).requires_grad_(True) for name, x in problem(num_rows(blocks), num_rows(blocks)).items()}
+
+    def gradients() -> tuple[Tensor, ...]:
+        y = omni_attention(**inputs, blocks=blocks, backend="native")
+        return torch.autograd.grad(y, list(inputs.values()), torch.ones_like(y))
+
+    first = gradients()
+    for _ in range(20):
+        assert all(torch.equal(one, other) for one, other in zip(gradients(), first, strict=True))
+
+
+@pytest.mark.parametrize("dropped", [0, 3])
+@pytest.mark.parametrize(("kind", "fused"), [(SDPBackend.FLASH_ATTENTION, True), (SDPBackend.MATH, False)], ids=str)
+def test_results_of_fused_kernels_are_known(kind: SDPBackend, fused: bool, dropped: int):
+    q = torch.randn(2, 3, 8, 16, requires_grad=True, device="cpu")
+    with sdpa_kernel(kind):
+        assert is_fused(torch.nn.functional.scaled_dot_product_attention(q, q, q)[:, :, dropped:]) == fused
+
+
 def test_equal_blocks_in_even_distance_are_one_call():
-    assert len(_runs(generation([5] * 32, 7))) == 2
-    assert len(_runs(generation([5] * 16 + [6] * 16, 7))) == 4
-    assert len(_runs(tuple((b, b + 1, 100 * b, 100 * b + 40, False) for b in range(32)))) == 1
+    assert len(runs_of(generation([5] * 32, 7))) == 2
+    assert len(runs_of(generation([5] * 16 + [6] * 16, 7))) == 4
+    assert len(runs_of(tuple((b, b + 1, 100 * b, 100 * b + 40, False) for b in range(32)))) == 1
     # shared or overlapping keys are not one run: their gradients are added in turn
-    assert len(_runs(((0, 4, 2, 9, False), (4, 8, 2, 9, False)))) == 2
+    assert len(runs_of(((0, 4, 2, 9, False), (4, 8, 2, 9, False)))) == 2
 
 
 @given(st.data())

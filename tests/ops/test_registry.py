@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import sys
 import types
@@ -120,6 +121,24 @@ def test_triton_kernels_are_imported_when_asked_for(toy: str, monkeypatch: pytes
     assert _registry.choose(toy, "triton", CPU, torch.float32) == "triton"
     assert torch.equal(_registry.registered("triton", toy)(torch.ones(2)), torch.full((2,), 2.0))
     assert "bfloat16" in _registry.why_not(toy, "triton", CPU, (torch.bfloat16,))
+
+
+def test_triton_launches_on_the_device_of_its_tensors(monkeypatch: pytest.MonkeyPatch):
+    """Triton itself would take the current device, and read memory of another one."""
+    current = [0]
+
+    @contextlib.contextmanager
+    def switched_to(device: torch.device) -> Iterator[None]:
+        before, current[0] = current[0], device.index
+        yield
+        current[0] = before
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "device", switched_to)
+    launch = _registry._on_its_device(lambda x, y: (current[0], y))
+    for index in (1, 0, 3):
+        assert launch(types.SimpleNamespace(device=torch.device("cuda", index)), 5) == (index, 5)
+    assert current == [0]
 
 
 def test_status_has_one_row_for_each_op_and_back_end(toy: str):

@@ -22,6 +22,8 @@ SIZES = {
 }
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
+CASES = [(name, dtype) for dtype in DTYPES for name in available_backends("rotary", dtype)]
+each_case = pytest.mark.parametrize(("backend", "dtype"), CASES, ids=str)
 
 
 def problem(tokens: int, heads: int, dim: int, half: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -46,9 +48,8 @@ def test_against_the_definition(backend: str):
     torch.testing.assert_close(rotate_heads(**inputs, **angles, eps=0.1, backend=backend), expected)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@each_case
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES.keys())
-@each_backend
 def test_values_and_gradients(backend: str, size: tuple[int, int, int, int], dtype: torch.dtype):
     inputs, angles = problem(*size)
     # Rounded once: the float64 run has to see the same angles.
@@ -77,6 +78,35 @@ def test_a_token_does_not_depend_on_its_batch(backend: str):
     part = {name: x[70:75] if name == "x" else x for name, x in inputs.items()}
     alone = rotate_heads(**part, **{name: angle[70:75] for name, angle in angles.items()}, backend=backend)
     assert torch.equal(alone, whole[70:75])
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="Triton is not installed")
+def test_triton_programs_of_several_tiles(monkeypatch: pytest.MonkeyPatch):
+    """Backward walks over 3 tiles in each of its programs, the last of which has fewer and an incomplete one."""
+    kernels = pytest.importorskip("unif2ace.kernels.rotary")
+    monkeypatch.setattr(kernels, "_TILE", 256)
+    monkeypatch.setattr(kernels, "_PROGRAMS", 3)
+    inputs, angles = problem(19, 3, 32, 8)  # 57 rows, 8 in a tile
+    leaves, grad = [x.requires_grad_(True) for x in inputs.values()], torch.randn(19, 3, 32)
+    results = []
+    for backend in ("triton", "reference"):
+        y = rotate_heads(*leaves, **angles, backend=backend)
+        results.append([y, *torch.autograd.grad(y, leaves, grad)])
+    torch.testing.assert_close(*results)
+
+
+@each_backend
+def test_without_eps(backend: str):
+    """A row of equal numbers is 0 / 0 then; neither it nor what fills a tile up may reach other rows."""
+    inputs, angles = problem(5, 2, 8, 3)
+    leaves = {name: x.clone().requires_grad_(True) for name, x in inputs.items()}
+    y = rotate_heads(**leaves, **angles, eps=0.0, backend=backend)
+    assert all(x.isfinite().all() for x in (y, *torch.autograd.grad(y.sum(), list(leaves.values()))))
+    inputs["x"][3, 1] = 2.0
+    x = inputs.pop("x").requires_grad_(True)
+    y = rotate_heads(x, **inputs, **angles, eps=0.0, backend=backend)
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    assert y.isfinite().sum() == grad.isfinite().sum() == y.numel() - 8
 
 
 @needs_native

@@ -19,7 +19,8 @@ from unif2ace.ops.sampling import reference_sample_tokens
 
 BACKENDS = available_backends("sampling")
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+CASES = [(name, dtype) for dtype in DTYPES for name in available_backends("sampling", dtype)]
+each_case = pytest.mark.parametrize(("backend", "dtype"), CASES, ids=str)
 each_shape = pytest.mark.parametrize("shape", SAMPLING_SMALL.values(), ids=SAMPLING_SMALL.keys())
 
 
@@ -43,10 +44,9 @@ def problem(shape: SamplingShape, dtype: torch.dtype = torch.float32) -> dict[st
 # -------------------------------------------------------------------------------------------------------- sample_tokens
 
 
-@each_dtype
 @each_shape
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
-@each_backend
+@each_case
 def test_every_back_end_gives_the_same_tokens(
     backend: str, temperature: float, shape: SamplingShape, dtype: torch.dtype
 ):
@@ -235,8 +235,7 @@ def test_head_sample_is_head_then_sample(guidance: float, monkeypatch: pytest.Mo
     torch.testing.assert_close(confidence, expected[1])
 
 
-@each_dtype
-@each_backend
+@each_case
 def test_head_sample_confidence_matches_its_code(backend: str, dtype: torch.dtype):
     hidden, weight = torch.randn(33, 24).to(dtype), torch.randn(51, 24).to(dtype)
     codes, confidence = head_sample(hidden, weight, None, **place(33), backend=backend)

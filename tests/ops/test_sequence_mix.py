@@ -23,8 +23,12 @@ BACKENDS = available_backends("sequence_mix")
 Tensors = dict[str, torch.Tensor]
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
+needs_triton = pytest.mark.skipif("triton" not in BACKENDS, reason="Triton is not installed")
+each_kernel = pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
 each_shape = pytest.mark.parametrize("shape", SEQUENCE_MIX_SMALL.values(), ids=SEQUENCE_MIX_SMALL.keys())
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+CASES = [(name, dtype) for dtype in DTYPES for name in available_backends("sequence_mix", dtype)]
+each_case = pytest.mark.parametrize(("backend", "dtype"), CASES, ids=str)
+each_16_bit_case = pytest.mark.parametrize(("backend", "dtype"), [c for c in CASES if c[1].itemsize == 2], ids=str)
 each_form = pytest.mark.parametrize("full", [True, False], ids=["residual", "plain"])
 
 
@@ -69,10 +73,9 @@ def test_against_the_definition(backend: str, shape: MixShape, full: bool, spare
     torch.testing.assert_close(run_mix(tensors, offsets, backend), mix_row_by_row(tensors, offsets))
 
 
-@each_dtype
 @each_form
 @each_shape
-@each_backend
+@each_case
 def test_values_and_gradients(backend: str, shape: MixShape, full: bool, dtype: torch.dtype):
     tensors, offsets = problem(shape, full, spare=1)
 
@@ -86,10 +89,30 @@ def test_values_and_gradients(backend: str, shape: MixShape, full: bool, dtype: 
 @each_backend
 def test_a_sequence_does_not_depend_on_its_batch(backend: str):
     tensors, offsets = problem(MixShape((5, 9, 3), 16, 2))
-    whole = run_mix(tensors, offsets, backend)
-    one = {name: x[5:14] if x.dim() == 2 and len(x) == 17 else x for name, x in tensors.items()}
-    one.update(scale=tensors["scale"][1:2], coefficients=tensors["coefficients"][1:2])
-    assert torch.equal(run_mix(one, torch.tensor([0, 9]), backend), whole[5:14])
+    part = {name: slice(5, 14) if name in ("x", "s0", "s1", "residual") else slice(1, 2) for name in tensors}
+    part["layer_scale"] = ...
+    alone = {name: x[part[name]].clone().requires_grad_(True) for name, x in tensors.items()}
+    whole = {name: x.requires_grad_(True) for name, x in tensors.items()}
+    found, expected = run_mix(alone, torch.tensor([0, 9]), backend), run_mix(whole, offsets, backend)
+    assert torch.equal(found, expected[5:14])
+    del alone["layer_scale"]  # its gradient is a sum over the batch
+    cotangent = torch.randn(17, 16)
+    grads = torch.autograd.grad(found, list(alone.values()), cotangent[5:14])
+    wholes = torch.autograd.grad(expected, [whole[name] for name in alone], cotangent)
+    for name, grad, of_whole in zip(alone, grads, wholes, strict=True):
+        assert torch.equal(grad, of_whole[part[name]]), name
+
+
+@each_backend
+def test_rows_wider_than_a_tile(backend: str):
+    tensors, offsets = problem(MixShape((2, 0, 3), 2 * 2048 + 3, 1))
+    results = []
+    for name in (backend, "reference"):
+        leaves = {name: x.detach().requires_grad_(True) for name, x in tensors.items()}
+        result = run_mix(leaves, offsets, name)
+        results.append([result, *torch.autograd.grad(result.square().sum(), list(leaves.values()))])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @each_backend
@@ -133,8 +156,7 @@ def assert_equal_bits(found: torch.Tensor, expected: torch.Tensor) -> None:
     assert torch.equal(found[number].view(torch.int16), expected[number].view(torch.int16))
 
 
-@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-@each_backend
+@each_16_bit_case
 def test_every_number_passes_unchanged(backend: str, dtype: torch.dtype):
     x = bit_patterns(dtype)
     assert_equal_bits(scaled(x, 1.0, backend), x)
@@ -143,25 +165,27 @@ def test_every_number_passes_unchanged(backend: str, dtype: torch.dtype):
 # Thirds have all mantissa bits set one way or the other; 1 + 2^-9 and 1 + 2^-12 make ties; the large and small factors
 # push bfloat16 and float16 over and under their range, through the subnormals.
 @pytest.mark.parametrize("factor", [1 / 3, -2 / 3, 1 + 2**-9, 1 + 2**-12, 40000.0, 3e38, 2.0**-13, 3e-6, 1e-30])
-@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-@each_backend
+@each_16_bit_case
 def test_results_round_as_torch_rounds(backend: str, dtype: torch.dtype, factor: float):
     x = bit_patterns(dtype)
     assert_equal_bits(scaled(x, factor, backend), (x.float() * torch.tensor(factor)).to(dtype))
 
 
-@needs_native
 @pytest.mark.parametrize("full", [True, False])
-def test_rows_in_no_sequence_are_not_read(full: bool):
+@each_kernel
+def test_rows_in_no_sequence_count_for_nothing(backend: str, full: bool):
     tensors, offsets = problem(MixShape((2, 3), 21, 2), full, spare=2)
     for name in ("x", "s0", "s1"):
         tensors[name][5:] = torch.nan
-        tensors[name].requires_grad_(True)
-    result = run_mix(tensors, offsets, "native")
+    result = run_mix(tensors, offsets, backend)
     expected = tensors["residual"][5:] if full else torch.zeros(2, 21)
     assert torch.equal(result[5:], expected)
+    for tensor in tensors.values():
+        tensor.requires_grad_(True)
+    result = run_mix(tensors, offsets, backend)
     result.sum().backward()
     assert all(not tensors[name].grad[5:].any() for name in ("x", "s0", "s1"))
+    assert all(tensors[name].grad.isfinite().all() for name in ("scale", "coefficients", "layer_scale")[: 2 + full])
 
 
 @needs_native
@@ -171,6 +195,17 @@ def test_bad_row_offsets_are_refused(offsets: list[int]):
     message = "^mix_sequences: row_offsets must not decrease, from 0 to at most 5 rows$"
     with pytest.raises(UserError, match=message):
         run_mix(tensors, torch.tensor(offsets), "native")
+
+
+@needs_triton
+@pytest.mark.parametrize("offsets", [[1, 2, 5], [0, 4, 3], [0, 2, 2**30], [0, -(2**31), 2**31 - 1]])
+def test_bad_row_offsets_harm_nobody_where_values_are_unknown(offsets: list[int]):
+    """A launcher for GPUs cannot look at them; the kernels address nothing outside of the tensors."""
+    tensors, _ = problem(MixShape((2, 3), 4, 1))
+    leaves = {name: x.requires_grad_(True) for name, x in tensors.items()}
+    result = run_mix(leaves, torch.tensor(offsets, dtype=torch.int32), "triton")
+    grads = torch.autograd.grad(result.sum(), list(leaves.values()))
+    assert all(x.isfinite().all() for x in (result, *grads))
 
 
 @needs_native

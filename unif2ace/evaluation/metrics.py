@@ -105,7 +105,7 @@ def evaluate_answers(
     num_faces: int | None = None,
     *,
     batch_size: int = 64,
-    on_batch: Progress | None = None,
+    on_answer: Progress | None = None,
 ) -> Score:
     """Exact match over all questions about the first `num_faces` faces; a question counts for the attribute it asks."""
     count = _count(table, num_faces)
@@ -116,7 +116,7 @@ def evaluate_answers(
         [images[row] for row, _ in asked],
         [question.question for _, question in asked],
         batch_size=batch_size,
-        on_batch=on_batch,
+        on_answer=on_answer,
     )
     seconds = time.perf_counter() - started
     pairs = zip(asked, replies, strict=True)
@@ -129,12 +129,12 @@ def evaluate_captions(
     num_faces: int | None = None,
     *,
     batch_size: int = 64,
-    on_batch: Progress | None = None,
+    on_answer: Progress | None = None,
 ) -> Score:
     """Recall of the visible attributes in the model's descriptions of the first `num_faces` faces."""
     count = _count(table, num_faces)
     started = time.perf_counter()
-    captions = pipe.caption(to_images(table, count), batch_size=batch_size, on_batch=on_batch)
+    captions = pipe.caption(to_images(table, count), batch_size=batch_size, on_answer=on_answer)
     seconds = time.perf_counter() - started
     judgements = []
     for seen, text in zip(table.attributes, captions, strict=False):

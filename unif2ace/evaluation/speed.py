@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 
 from unif2ace.codec import SmallCodec, SmallCodecConfig
 from unif2ace.config import SequenceMoEConfig, preset
@@ -117,11 +118,16 @@ def drawing(pipe: UniF2acePipeline, faces: int = 8, steps: int | None = None) ->
     return Workload("faces", faces, lambda: pipe.generate(prompts, steps=steps, batch_size=faces))
 
 
-def answering(pipe: UniF2acePipeline, faces: int = 8) -> Workload:
-    """Answer four questions about each of a batch of faces."""
+def asked(pipe: UniF2acePipeline, faces: int) -> tuple[list[Image.Image], list[str]]:
+    """Pictures and questions: four about each of a batch of faces."""
     prompts = [PROMPTS[index % len(PROMPTS)] for index in range(faces)]
     images = [image for image in pipe.generate(prompts, steps=1) for _ in QUESTIONS]
-    questions = list(QUESTIONS) * faces
+    return images, list(QUESTIONS) * faces
+
+
+def answering(pipe: UniF2acePipeline, faces: int = 8) -> Workload:
+    """Answer four questions about each of a batch of faces."""
+    images, questions = asked(pipe, faces)
     return Workload("answers", len(images), lambda: pipe.answer(images, questions, batch_size=len(images)))
 
 

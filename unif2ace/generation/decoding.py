@@ -1,78 +1,168 @@
 """Answers and captions: batched next-token decoding with a key/value cache.
 
-The image prefix and the question are run once; then one row per sequence and step. Questions of different lengths
-share a batch (rows are packed, lengths are known on the host). Greedy by default; with temperature, top-k and top-p,
-from the same stateless noise as faces.
+An image's rows never see the text behind them, so each image runs once, whatever the number of questions about it; then
+every question runs once, and after that one row per sequence and step. Questions of different lengths share a batch:
+rows are packed, and their numbers are known on the host. The cache has one shape from the first step to the last.
+
+Greedy by default; with temperature, top-k and top-p, from the same stateless noise as faces: an answer depends on its
+own seed.
+
+Cost: (N + 3) rows per image, the question's rows, one row per token; decoding reads all weights in every step. The host
+looks at the tokens every `steps_per_check` steps: on a GPU it would wait for the device, and a sequence that has ended
+meanwhile runs along unheeded; on a CPU looking costs nothing, and who has ended leaves the batch at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from unif2ace.errors import UserError
+from unif2ace.model.attention import KVCache
 from unif2ace.model.transformer import UniF2ace
 from unif2ace.ops import linear, sample_tokens
-from unif2ace.vocabulary import pack_text_step, pack_understanding
+from unif2ace.vocabulary import pack_questions, pack_text_step, pack_understanding_image
 
 TEXT_STREAM = 2  # noise stream of text decoding (spec: 0 tokens, 1 confidence, 2 text, 3 training masks)
+STEPS_PER_CHECK = {"cpu": 1, "cuda": 8}
+
+Stop = Callable[[list[int]], bool]
+
+
+class Piece(NamedTuple):
+    """What one look at the tokens brought for the answer to question `index`: its new `tokens`, and is that the end."""
+
+    index: int
+    tokens: list[int]
+    ended: bool
+
+
+def decode_answers(model: UniF2ace, *arguments: object, **options: object) -> list[list[int]]:
+    """Token ids of every answer. Arguments as for `stream_answers`."""
+    answers: dict[int, list[int]] = {}
+    for piece in stream_answers(model, *arguments, **options):
+        answers.setdefault(piece.index, []).extend(piece.tokens)
+    return [answers[index] for index in range(len(answers))]
 
 
 @torch.no_grad()
-def decode_answers(
+def stream_answers(
     model: UniF2ace,
     codes: Tensor,
     questions: Sequence[Sequence[int]],
     features: dict[str, Tensor] | None,
     *,
+    images: Sequence[int] | None = None,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
     seeds: Sequence[int] | None = None,
-    backend: str | None = None,
-) -> list[list[int]]:
-    """Token ids of one answer per image: `codes` [B, N], `questions` (token ids with the template), features of the
-    images.
+    stop: Stop | None = None,
+    steps_per_check: int | None = None,
+) -> Iterator[Piece]:
+    """Answers as they grow: the pieces of each, in order; those of different answers interleaved.
 
-    Stops at the end-of-text token (left out of the result) or after `max_new_tokens`. `temperature` 0 is greedy.
+    Args:
+        codes: [P, N] of the images, features: name -> [P, rows, width].
+        questions: token ids with the template, Q of them. images: question q is about image images[q]; None: about
+            image q.
+        max_new_tokens: longest answer. An answer ends before the end-of-text token, which is left out.
+        temperature: 0 is greedy; above, `top_k` and `top_p` narrow the choice. seeds: one int64 per question.
+        stop: stop(tokens so far) ends an answer after these tokens.
+        steps_per_check: after so many steps the host looks at the tokens; None takes `STEPS_PER_CHECK`.
+
+    Raises:
+        UserError: options out of range, ids that are none, more or fewer images than questions speak of.
     """
+    _check(max_new_tokens, top_k, top_p)
+    vocabulary, device = model.vocabulary, model.head.weight.device
+    which = list(range(len(questions))) if images is None else list(images)
+    if len(which) != len(questions) or any(not 0 <= image < len(codes) for image in which):
+        raise UserError(f"answers: expected an image below {len(codes)} for each of {len(questions)} questions")
+    weight, bias = model.head.weight[: vocabulary.n_text], model.head.bias[: vocabulary.n_text]
+    if not which:
+        return
+    seed_of = torch.tensor(list(seeds) if seeds is not None else [0] * len(which), device=device)
+    every = steps_per_check or STEPS_PER_CHECK.get(device.type, 1)
+
+    longest = max((len(question) for question in questions), default=0)
+    cache = model.new_cache(len(which), codes.shape[1] + 3 + longest + 1 + max_new_tokens)
+    _run_images(model, cache, codes, which, features)
+    batch = pack_questions(vocabulary, questions, cache.lengths, device)
+    hidden = model(batch, cache=cache).hidden[batch.layout.last_rows]
+
+    answers: list[list[int]] = [[] for _ in which]
+    active = list(range(len(which)))  # answers that have not ended, in the order of `hidden`
+    unread: list[Tensor] = []  # tokens [len(active)] of the steps since the last look
+    for step in range(max_new_tokens):
+        if not active:
+            return
+        rows = torch.tensor(active).to(device, non_blocking=True)
+        counter = torch.full_like(rows, step)
+        logits = _restrict(linear(hidden, weight, bias), temperature, top_k, top_p)
+        chosen, _ = sample_tokens(logits, seed_of[rows], counter, counter, temperature=temperature, stream=TEXT_STREAM)
+        unread.append(chosen.long())
+        last = step + 1 == max_new_tokens
+        if last or len(unread) == every:
+            going = []
+            for i, tokens in enumerate(torch.stack(unread, dim=1).tolist()):
+                piece = _read(active[i], tokens, answers[active[i]], vocabulary.eot, stop)
+                yield piece._replace(ended=piece.ended or last)
+                if not piece.ended:
+                    going.append(i)
+            if len(going) < len(active):
+                active = [active[i] for i in going]
+                chosen = chosen[torch.tensor(going, dtype=torch.int64).to(device, non_blocking=True)]
+            unread = []
+        if not last and active:
+            following = pack_text_step(chosen, [cache.lengths[row] for row in active], active)
+            hidden = model(following, cache=cache).hidden
+
+
+def _read(index: int, tokens: list[int], answer: list[int], end: int, stop: Stop | None) -> Piece:
+    """Add `tokens` to `answer` up to its end; the piece that was added."""
+    before = len(answer)
+    for token in tokens:
+        if token == end:
+            return Piece(index, answer[before:], True)
+        answer.append(token)
+        if stop is not None and stop(answer):
+            return Piece(index, answer[before:], True)
+    return Piece(index, answer[before:], False)
+
+
+def _run_images(
+    model: UniF2ace, cache: KVCache, codes: Tensor, which: list[int], features: dict[str, Tensor] | None
+) -> None:
+    """Fill row q of the cache with the image of question q; an image that several ask about runs once."""
+    rows_of: dict[int, list[int]] = {}
+    for row, image in enumerate(which):
+        rows_of.setdefault(image, []).append(row)
+    asked = list(rows_of)
+    if asked != list(range(len(codes))):
+        chosen = torch.tensor(asked, dtype=torch.int64, device=codes.device)
+        codes = codes[chosen]
+        features = (
+            None if features is None else {name: value[chosen.to(value.device)] for name, value in features.items()}
+        )
+    batch = pack_understanding_image(model.vocabulary, codes, [rows_of[image][0] for image in asked])
+    model(batch.to(model.head.weight.device), features=features, cache=cache)
+    for first, *others in rows_of.values():
+        for row in others:
+            cache.write_row(row, cache.read_row(first))
+
+
+def _check(max_new_tokens: int, top_k: int | None, top_p: float | None) -> None:
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
     if top_k is not None and top_k < 1:
         raise UserError(f"top_k: expected at least 1, got {top_k}")
     if top_p is not None and not 0.0 < top_p <= 1.0:
         raise UserError(f"top_p: expected a number in (0, 1], got {top_p}")
-    vocabulary, device = model.vocabulary, model.head.weight.device
-    batch = len(questions)
-    weight, bias = model.head.weight[: vocabulary.n_text], model.head.bias[: vocabulary.n_text]
-    seed_of = torch.tensor(list(seeds) if seeds is not None else [0] * batch, device=device)
-    prompt = pack_understanding(vocabulary, codes, questions).to(device)
-    cache = model.new_cache(batch, max(s.rows for s in prompt.layout.sequences) + max_new_tokens)
-    hidden = model(prompt, features=features, cache=cache).hidden[prompt.layout.last_rows]
-
-    answers: list[list[int]] = [[] for _ in range(batch)]
-    active = list(range(batch))  # sequences that have not ended, in the order of `hidden`
-    for step in range(max_new_tokens):
-        logits = _restrict(linear(hidden, weight, bias), temperature, top_k, top_p)
-        rows = torch.tensor(active, device=device)
-        counter = torch.full_like(rows, step)
-        chosen, _ = sample_tokens(
-            logits, seed_of[rows], counter, counter, temperature=temperature, stream=TEXT_STREAM, backend=backend
-        )
-        going = []
-        for i, token in enumerate(chosen.tolist()):
-            if token != vocabulary.eot:
-                answers[active[i]].append(token)
-                going.append(i)
-        if not going or step + 1 == max_new_tokens:
-            break
-        active = [active[i] for i in going]
-        batch_step = pack_text_step(chosen[going].long(), [cache.lengths[row] for row in active], active).to(device)
-        hidden = model(batch_step, cache=cache).hidden
-    return answers
 
 
 def _restrict(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:

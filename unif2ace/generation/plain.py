@@ -1,25 +1,26 @@
 """Text to face, the loop of the paper written plainly: masked discrete diffusion over the codes of an image.
 
-Start with every wanted code unknown. Each step runs the transformer over the image rows (the text's keys and values
-are cached, they never change), samples all unknown codes at once, and re-masks the least certain ones as the schedule
-says. Noise depends on the request's seed, the position and the step alone, so a face draws the same noise in any
-batch; what the batch still changes is the last bit of matrix products of another size, which can flip a token.
+Every step runs whole sequences, text and image, with the prompt and without it, through transformer and head, as the
+code that Show-o published does; combines the two halves' logits of every code; samples every position; and masks the
+least certain ones again, as many as the schedule says. Nothing is kept from step to step but the codes. `denoise.py`
+draws the same faces with less work; this is what it must equal.
 
-Cost: steps * 2 (with guidance) * images * (N + 2) rows through the transformer.
+Cost: steps * 2 (with guidance) * images * (text + N + 2) rows through the transformer and the whole head.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from unif2ace.errors import UserError
 from unif2ace.generation.schedule import Step, schedule_steps
+from unif2ace.generation.settings import codes_to_draw, to_signed
 from unif2ace.model.transformer import UniF2ace
 from unif2ace.ops import linear, remask, sample_tokens
-from unif2ace.vocabulary import pack_generation, pack_generation_step
+from unif2ace.vocabulary import pack_generation
 
 
 @torch.no_grad()
@@ -35,7 +36,6 @@ def generate_codes(
     schedule: str = "cosine",
     known_codes: Tensor | None = None,
     known: Tensor | None = None,
-    backend: str | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Codes [B, N] int64 for one image per prompt (token ids) and seed.
@@ -48,64 +48,43 @@ def generate_codes(
     """
     vocabulary, device = model.vocabulary, model.head.weight.device
     batch, size = len(prompts), model.config.num_image_tokens
-    unknown = torch.ones(batch, size, dtype=torch.bool, device=device) if known is None else ~known.to(device)
-    codes = torch.full((batch, size), vocabulary.mask_code, device=device)
-    if known is not None:
-        if known_codes is None or known_codes.shape != codes.shape or known.shape != codes.shape:
-            raise UserError(f"generate: known codes and their mask must be [{batch}, {size}], got {list(known.shape)}")
-        codes = torch.where(unknown, codes, known_codes.to(device))
-    plans = [schedule_steps(n, steps, tau=tau, num_tokens=size, schedule=schedule) for n in unknown.sum(1).tolist()]
-
-    # Text first, once: conditional prompts, then the empty prompt for every image when guidance is on.
-    texts = [list(prompt) for prompt in prompts] + ([[]] * batch if guidance > 0 else [])
-    prefix = pack_generation(vocabulary, texts, None).to(device)
-    cache = model.new_cache(len(texts), max(map(len, texts)) + 3 + model.config.image_rows)
-    model(prefix, cache=cache)
-    step_batch = pack_generation_step(vocabulary, codes.repeat(len(texts) // batch, 1), cache.lengths)
-
-    seed_of = torch.tensor([to_signed(seed) for seed in seeds], device=device)
-    columns = vocabulary.code_columns
-    weight, bias = model.head.weight[columns], model.head.bias[columns]
-    for k in range(steps):
+    codes = codes_to_draw((batch, size), vocabulary.mask_code, known_codes, known).to(device)
+    plans = [
+        schedule_steps(unknown, steps, tau=tau, num_tokens=size, schedule=schedule)
+        for unknown in (codes == vocabulary.mask_code).sum(1).tolist()
+    ]
+    texts = [list(prompts), [[]] * batch] if guidance > 0 else [list(prompts)]
+    halves = [pack_generation(vocabulary, text, codes) for text in texts]
+    seed = torch.tensor([to_signed(value) for value in seeds], device=device)
+    position = torch.arange(size, device=device).repeat(batch)
+    for k in range(max(map(len, plans))):
         now = [plan[k] if k < len(plan) else Step(0, 0, 0.0) for plan in plans]
-        image, position = unknown.nonzero(as_tuple=True)
-        if not len(image):
-            break
-        halves = len(texts) // batch
-        ratio = torch.tensor([step.unknown / size for step in now], device=device).clamp(min=1 / size).repeat(halves)
-        hidden = model(step_batch.with_codes(vocabulary, codes.repeat(halves, 1)), mask_ratio=ratio, cache=cache).hidden
-        hidden = hidden[step_batch.layout.code_rows].view(halves, batch, size, -1)
-        logits = [linear(half[image, position], weight, bias) for half in hidden]
-        step = torch.full_like(position, k)
+        ratio = torch.tensor([step.unknown / size for step in now], device=device).clamp(min=1 / size)
+        logits = []
+        for half in halves:
+            hidden = model(half.with_codes(vocabulary, codes), mask_ratio=ratio).hidden
+            scores = linear(hidden, model.head.weight, model.head.bias)
+            logits.append(scores[half.layout.code_rows, vocabulary.code_columns])
         sampled, confidence = sample_tokens(
             logits[0],
-            seed_of[image],
+            seed.repeat_interleave(size),
             position,
-            step,
+            torch.full_like(position, k),
             temperature=temperature,
-            uncond_logits=logits[1] if halves == 2 else None,
+            uncond_logits=logits[1] if guidance > 0 else None,
             guidance=guidance,
-            backend=backend,
         )
-        counts = torch.tensor([0, *(entry.unknown for entry in now)], device=device)
+        unknown = codes == vocabulary.mask_code
         stays = remask(
-            confidence,
-            counts.cumsum(0).int(),
-            torch.tensor([entry.keep for entry in now], dtype=torch.int32, device=device),
-            seed_of,
+            torch.where(unknown.flatten(), confidence, math.inf),  # what is known is certain
+            torch.arange(0, batch * size + 1, size, device=device),
+            torch.tensor([step.keep for step in now], device=device),
+            seed,
             position,
-            torch.full_like(seed_of, k),
-            torch.tensor([entry.tau for entry in now], device=device),
-            backend=backend,
+            torch.full_like(seed, k),
+            torch.tensor([step.tau for step in now], device=device),
         )
-        decided = ~stays
-        codes[image[decided], position[decided]] = sampled[decided].long()
-        unknown[image[decided], position[decided]] = False
+        codes = torch.where(unknown & ~stays.view_as(codes), sampled.view_as(codes).long(), codes)
         if on_step is not None:
             on_step(k + 1, steps)
     return codes
-
-
-def to_signed(seed: int) -> int:
-    """A 64-bit seed as the int64 with the same bits."""
-    return (seed + 2**63) % 2**64 - 2**63

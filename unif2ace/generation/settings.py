@@ -11,9 +11,11 @@ max_new_tokens    longest answer, in tokens
 from __future__ import annotations
 
 import dataclasses
-import math
 import numbers
 from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 
 from unif2ace.errors import UserError
 from unif2ace.generation.schedule import check_steps
@@ -49,7 +51,7 @@ class GenerationConfig:
 def check_number(name: str, value: object, high: float) -> float:
     """`value` as a float from 0 to `high`, or a `UserError`."""
     number = isinstance(value, numbers.Real) and not isinstance(value, bool)  # NumPy scalars are numbers too
-    if not number or not math.isfinite(value) or not 0 <= value <= high:
+    if not number or not 0 <= value <= high:  # NaN is not
         raise UserError(f"{name}: expected a number from 0 to {high:g}, got {value!r}")
     return float(value)
 
@@ -59,3 +61,30 @@ def check_count(name: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise UserError(f"{name}: expected an integer of at least 1, got {value!r}")
     return value
+
+
+def codes_to_draw(shape: torch.Size | tuple[int, ...], mask_code: int, known_codes: object, known: object) -> Tensor:
+    """Codes [.., N] int64 to start from: `known_codes` where `known` (bool) is true, `mask_code` elsewhere.
+
+    Both None: nothing is known. Raises `UserError` for other shapes or dtypes, one without the other, and, on the CPU,
+    known codes that are none.
+    """
+    if known is None and known_codes is None:
+        return torch.full(shape, mask_code)
+    for name, value in (("known_codes", known_codes), ("known", known)):
+        if not isinstance(value, Tensor) or value.shape != shape:
+            got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise UserError(f"generate: {name} must be {list(shape)}, got {got}")
+    if known.dtype != torch.bool or known_codes.dtype not in (torch.int64, torch.int32):
+        raise UserError(
+            f"generate: known must be bool and known_codes integers, got {known.dtype} and {known_codes.dtype}"
+        )
+    codes = torch.where(known, known_codes.long(), mask_code)
+    if codes.device.type == "cpu" and bool((known & ((codes < 0) | (codes >= mask_code))).any()):
+        raise UserError(f"generate: known codes must lie in 0..{mask_code - 1}")
+    return codes
+
+
+def to_signed(seed: int) -> int:
+    """A 64-bit seed as the int64 with the same bits."""
+    return (seed + 2**63) % 2**64 - 2**63

@@ -70,13 +70,16 @@ class KVCache:
         for sequence in layout.sequences:
             self.lengths[sequence.cache_row] = sequence.kept
 
-    def copy_row(self, source: int, targets: list[int]) -> None:
-        """Give rows `targets` the content of row `source`: a prompt shared by several images is prefilled once."""
-        length = self.lengths[source]
-        for buffer in (self.keys, self.values):
-            buffer[:, targets, :length] = buffer[:, source : source + 1, :length]
-        for target in targets:
-            self.lengths[target] = length
+    def read_row(self, row: int) -> tuple[Tensor, Tensor]:
+        """A copy of what row `row` holds for good: keys and values [layers, length, heads, head_dim]."""
+        length = self.lengths[row]
+        return self.keys[:, row, :length].clone(), self.values[:, row, :length].clone()
+
+    def write_row(self, row: int, stored: tuple[Tensor, Tensor]) -> None:
+        """Let row `row` start with what `read_row` gave: a prompt shared by several images is run once."""
+        self.lengths[row] = length = stored[0].shape[1]
+        for buffer, rows in zip((self.keys, self.values), stored, strict=True):
+            buffer[:, row, :length] = rows
 
     def write(self, layer: int, slots: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Store [T, heads, head_dim] at flat `slots` [T] and return the layer's flattened keys and values."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch.nn import functional
 
 from unif2ace.ops import linear
+from unif2ace.ops.linear import INVARIANT_ROWS
 
 
 class Linear(nn.Linear):
@@ -13,3 +15,21 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
         return linear(x, self.weight, self.bias)
+
+
+class ImageLinear(Linear):
+    """A `Linear` over one or a few rows per image, whose results do not depend on how many images share the batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_features] -> [..., out_features]."""
+        return invariant_linear(x, self.weight, self.bias)
+
+
+def invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`linear` with at least `INVARIANT_ROWS` rows: zeros are added, and their results dropped."""
+    rows = x.reshape(-1, x.shape[-1])
+    missing = max(0, INVARIANT_ROWS - len(rows))
+    if not missing:
+        return linear(x, weight, bias)
+    padded = linear(functional.pad(rows, (0, 0, 0, missing)), weight, bias)
+    return padded[: len(rows)].view(*x.shape[:-1], weight.shape[0])

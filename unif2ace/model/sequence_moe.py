@@ -28,7 +28,7 @@ from torch.nn import functional
 
 from unif2ace.config import FEATURE_EXPERTS, TASKS, UniF2aceConfig
 from unif2ace.layout import Layout
-from unif2ace.model.linear import Linear
+from unif2ace.model.linear import ImageLinear, Linear
 from unif2ace.model.token_moe import router_logits
 from unif2ace.ops import RoutingPlan, mix_sequences, route
 
@@ -38,8 +38,8 @@ class MaskRatioEmbedding(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.up = Linear(width, width)
-        self.down = Linear(width, width)
+        self.up = ImageLinear(width, width)
+        self.down = ImageLinear(width, width)
 
     def forward(self, mask_ratio: Tensor) -> Tensor:
         """[B] float -> [B, 1, r]."""
@@ -60,8 +60,8 @@ class Resampler(nn.Module):
             self.heads = 1
         self.queries = nn.Parameter(torch.empty(queries, low))
         self.memory_norm = nn.LayerNorm(width, eps=eps)
-        self.key = Linear(width, low) if rows > 1 else None
-        self.value = Linear(width, low)
+        self.key = ImageLinear(width, low) if rows > 1 else None
+        self.value = ImageLinear(width, low)
         self.norm = nn.LayerNorm(low, eps=eps)
         self.out = Linear(low, hidden)
 
@@ -111,8 +111,13 @@ class SequenceMoE(nn.Module):
         gates = plan.weights.new_zeros(len(plan.weights), self.group_bounds[-1])
         gates = gates.scatter(1, plan.experts.long(), plan.weights)
         keep = self.mix.to(gates.dtype).softmax(1)[:, 0]
-        featured = gates[:, self.feature_columns]
-        scale = gates[:, self.copies].sum(1) + featured @ keep
+        # Column by column: a list as an index would be sent to the device, which waits for it.
+        gate = gates.unbind(1)
+        featured = [gate[i] for i in self.feature_columns]
+        featured = torch.stack(featured, dim=1) if featured else gates[:, :0]
+        scale = (featured * keep).sum(1)
+        for column in self.copies:
+            scale = scale + gate[column]
         return scale.to(dtype), (featured * (1 - keep)).to(dtype)
 
     def forward(self, x: Tensor, layout: Layout, resampled: dict[str, Tensor]) -> tuple[Tensor, RoutingPlan]:

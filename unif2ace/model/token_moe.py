@@ -26,7 +26,7 @@ from torch.nn import functional
 from unif2ace.config import TASKS, TokenMoEConfig
 from unif2ace.errors import UserError
 from unif2ace.layout import Layout
-from unif2ace.model.linear import Linear
+from unif2ace.model.linear import Linear, invariant_linear
 from unif2ace.ops import RoutingPlan, expert_mlp, route
 
 
@@ -47,7 +47,7 @@ def router_logits(h: Tensor, weight: Tensor) -> Tensor:
     """h [T, H], weight [E, H] -> [T, E], in at least fp32: top-k must not hang on the model's rounding."""
     dtype = torch.promote_types(h.dtype, torch.float32)
     with torch.autocast(h.device.type, enabled=False):  # mixed precision would round the logits again
-        return functional.linear(h.to(dtype), weight.to(dtype))
+        return invariant_linear(h.to(dtype), weight.to(dtype))
 
 
 class TokenMoE(nn.Module):

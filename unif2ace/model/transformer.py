@@ -198,6 +198,7 @@ class UniF2ace(nn.Module):
         features: Features | None = None,
         sequence_memory: list[Features] | None = None,
         cache: KVCache | None = None,
+        rows: Tensor | None = None,
     ) -> ModelOutput:
         """Hidden rows of a packed batch.
 
@@ -207,6 +208,7 @@ class UniF2ace(nn.Module):
             features: name ("clip", "face") -> [images of understanding, rows, width], in sequence order.
             sequence_memory: instead of `features`, the result of `sequence_memory()`.
             cache: keys and values of earlier rows; read and extended in place (inference only).
+            rows: [R] int64, the rows of the batch whose hidden state is wanted, in any order; None is all.
 
         Raises:
             UserError: wrong number of image tokens; missing or misshapen features or mask ratios; cached sequences
@@ -238,7 +240,7 @@ class UniF2ace(nn.Module):
             sequence_plans.extend([] if sequence_plan is None else [sequence_plan])
         if cache is not None:
             cache.advance(layout)
-        return ModelOutput(self.final_norm(x), plans, sequence_plans)
+        return ModelOutput(self.final_norm(x if rows is None else x.index_select(0, rows)), plans, sequence_plans)
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write `config.json` and `model.safetensors` (optionally stored as `dtype`), each complete or not at all."""

@@ -28,7 +28,7 @@ import importlib.util
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, wraps
 from typing import NamedTuple
 
 import torch
@@ -257,8 +257,22 @@ def _missing_triton(op: str, device: str) -> str | None:
     module = importlib.import_module(module_name)
     if not _has_kernels(op, "triton", device):
         for name in _ops[op]:
-            implement("triton", name, getattr(module, name))
+            implement("triton", name, _on_its_device(getattr(module, name)))
     return None
+
+
+def _on_its_device(launcher: Callable) -> Callable:
+    """Triton launches on the *current* device, wherever the tensors are: make that of the first one current."""
+
+    @wraps(launcher)
+    def launch(first: torch.Tensor, *rest: object) -> object:
+        device = first.device
+        if device.type != "cuda" or device.index == torch.cuda.current_device():
+            return launcher(first, *rest)
+        with torch.cuda.device(device):
+            return launcher(first, *rest)
+
+    return launch
 
 
 def _is_installed(name: str) -> bool:

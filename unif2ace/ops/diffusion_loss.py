@@ -168,7 +168,7 @@ def _linear_loss(
     grad_bias = weight.new_zeros(weight.shape[0] if with_grads else 0, dtype=dtype)
     chunk = max(1, CHUNK_ELEMENTS // (end - start))
     for part in index.split(chunk):
-        h = hidden[part]
+        h = hidden[part].masked_fill(~valid[part][:, None], 0.0)  # on a GPU: 0 times what stands there may be NaN
         column = (targets[part].long() - start).clamp_(min=0)[:, None]
         z = F.log_softmax(F.linear(h, w, b).to(dtype), dim=1)
         nll[part] = -z.gather(1, column)[:, 0]

@@ -38,6 +38,16 @@ ACTIVATIONS = ("gelu_tanh", "gelu", "silu", "relu2", "swiglu", "geglu")
 GATED = ("swiglu", "geglu")
 
 
+def invariant_tokens(num_experts: int, top_k: int) -> int:
+    """From how many tokens on a token's result has the same bits whatever tokens stand beside it.
+
+    Back end `native` on a CPU: with fewer than this many its products are dot products, which sum in another order
+    (`is_few` in csrc/cpu/experts_few.cpp). The reference multiplies the rows of each expert by themselves, few or many,
+    and keeps no such promise.
+    """
+    return 16 * num_experts // top_k + 1
+
+
 def grouped_gemm(
     a: Tensor,
     b: Tensor,
@@ -156,12 +166,22 @@ def reference_expert_mlp(
     rows = _Gather.apply(x, order, position, top_k)
     pre = _grouped_linear(rows, w_up, offsets, b_up)
     down = _grouped_linear(activate(pre, activation), w_down, offsets, b_down)
-    slots = _Gather.apply(down, position, order, 1).view(x.shape[0], top_k, w_down.shape[1]).unbind(1)
-    dtype = torch.promote_types(weights.dtype, x.dtype)  # at least float32, as the weights are
+    return combine(down, weights, order, position).to(x.dtype), pre
+
+
+def combine(rows: Tensor, weights: Tensor, order: Tensor, position: Tensor) -> Tensor:
+    """[M, H] results sorted by expert -> [T, H], differentiable: the weighted sum of a token's rows in the order of k.
+
+    `weights` [T, K], `order` and `position` are those of the `RoutingPlan`. The result has the wider dtype of rows and
+    weights, so float32 at least.
+    """
+    tokens, top_k = weights.shape
+    slots = _Gather.apply(rows, position.long(), order.long(), 1).view(tokens, top_k, rows.shape[1]).unbind(1)
+    dtype = torch.promote_types(weights.dtype, rows.dtype)
     total = torch.zeros_like(slots[0], dtype=dtype)
     for weight, slot in zip(weights.to(dtype).split(1, dim=1), slots, strict=True):  # fixed order, one pass per choice
         total = torch.addcmul(total, weight, slot.to(dtype))
-    return total.to(x.dtype), pre
+    return total
 
 
 def activate(pre: Tensor, activation: str) -> Tensor:

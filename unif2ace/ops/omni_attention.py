@@ -10,9 +10,9 @@ image and one causal block text -> image + text. Keys may outnumber queries: a K
 
 Cost: 4 * q_len * k_len * dim FLOPs per head and block (causal: half); nothing of size T x S, no mask tensor.
 
-Back end `native` without gradients, on a CPU, is csrc/cpu/omni_attention.cpp. Everywhere else (training, GPUs, no
-compiled module) it is PyTorch's scaled_dot_product_attention, called once per run of equal blocks in even distance: its
-flash kernels keep one logsumexp per row for backward, which costs 2.5 times the forward.
+Back end `native` is a flash kernel, which keeps one logsumexp per row for backward and costs 2.5 forwards there: on a
+GPU in float16 and bfloat16 two variable-length calls of a flash-attention library (`_varlen.py`), on a CPU without
+gradients csrc/cpu/omni_attention.cpp, else PyTorch's scaled_dot_product_attention (`_sdpa.py`).
 
 Sources: Show-o (arXiv 2408.12528, omni-attention); FlashAttention (2205.14135).
 """
@@ -22,32 +22,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from unif2ace.errors import UserError
-from unif2ace.ops import _registry
+from unif2ace.ops import _registry, _sdpa, _varlen
 from unif2ace.ops._checks import describe, dtype_name
 
 Block = tuple[int, int, int, int, bool]
 AttentionBlocks = tuple[Block, ...]
-
-
-class _Run(NamedTuple):
-    """`count` blocks of one shape: block i has queries q_start + i * q_step .. and keys k_start + i * k_step .."""
-
-    q_start: int
-    q_len: int
-    q_step: int
-    k_start: int
-    k_len: int
-    k_step: int
-    causal: bool
-    count: int
 
 
 # ----------------------------------------------------------------------------------------------------------- reference
@@ -66,109 +51,57 @@ def reference_omni_attention(q: Tensor, k: Tensor, v: Tensor, blocks: AttentionB
     return torch.cat(parts)
 
 
-# -------------------------------------------------------------------------------------------------------- native: SDPA
+# ----------------------------------------------------------------------------------------------- native: library calls
 
 
-@lru_cache(maxsize=512)
-def _runs(blocks: AttentionBlocks) -> tuple[_Run, ...]:
-    """Group equal blocks whose queries and keys lie in even distances: each run is one call on strided views."""
-    by_shape: dict[tuple[int, int, bool], list[_Run]] = {}
-    for q_start, q_end, k_start, k_end, causal in sorted(blocks):
-        q_len, k_len = q_end - q_start, k_end - k_start
-        if q_len == 0:
-            continue
-        causal = causal and q_len > 1  # the last row alone sees every key
-        runs = by_shape.setdefault((q_len, k_len, causal), [])
-        if runs:
-            run = runs[-1]
-            q_step = q_start - run.q_start - (run.count - 1) * run.q_step
-            k_step = k_start - run.k_start - (run.count - 1) * run.k_step
-            # Keys of a run must not overlap: their gradients are added through one view.
-            if k_step >= k_len and (run.count == 1 or (q_step, k_step) == (run.q_step, run.k_step)):
-                runs[-1] = run._replace(q_step=q_step, k_step=k_step, count=run.count + 1)
-                continue
-        runs.append(_Run(q_start, q_len, q_len, k_start, k_len, k_len, causal, 1))
-    return tuple(run for runs in by_shape.values() for run in runs)
-
-
-def _query_views(x: Tensor, runs: tuple[_Run, ...]) -> list[Tensor]:
-    """Query rows of each run as [count, heads, q_len, dim], without a copy."""
-    rows, heads, dims = x.stride()
-    (_, n, d), base = x.shape, x.storage_offset()
-    return [
-        x.as_strided((r.count, n, r.q_len, d), (r.q_step * rows, heads, rows, dims), base + r.q_start * rows)
-        for r in runs
-    ]
-
-
-def _key_views(x: Tensor, runs: tuple[_Run, ...]) -> list[Tensor]:
-    """Key rows of each run as [count, heads, k_len, dim], without a copy."""
-    rows, heads, dims = x.stride()
-    (_, n, d), base = x.shape, x.storage_offset()
-    return [
-        x.as_strided((r.count, n, r.k_len, d), (r.k_step * rows, heads, rows, dims), base + r.k_start * rows)
-        for r in runs
-    ]
-
-
-def _attend(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> Tensor:
-    missing = key.shape[2] - query.shape[2] if causal else 0
-    if missing:
-        # is_causal is aligned top-left: rows in front, dropped again, align it bottom-right without a mask.
-        query = F.pad(query, (0, 0, missing, 0))
-    return F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scale)[:, :, missing:]
+def _calls(q: Tensor, k: Tensor, blocks: AttentionBlocks) -> _sdpa.SdpaCalls | _varlen.VarlenCalls:
+    attend = _varlen.choose(q)
+    if attend is None:
+        return _sdpa.SdpaCalls(blocks)
+    return _varlen.varlen_calls(blocks, k.shape[0], attend, q.device)
 
 
 def _native_forward(q: Tensor, k: Tensor, v: Tensor, blocks: AttentionBlocks, scale: float) -> Tensor:
-    runs, out = _runs(blocks), q.new_empty(q.shape)
-    inputs = zip(_query_views(q, runs), _key_views(k, runs), _key_views(v, runs), strict=True)
-    for run, target, (query, key, value) in zip(runs, _query_views(out, runs), inputs, strict=True):
-        target.copy_(_attend(query, key, value, run.causal, scale))
-    return out
+    calls = _calls(q, k, blocks)
+    inputs = zip(calls.queries(q), calls.keys(k), calls.keys(v), strict=True)
+    return calls.join_queries(q, [calls.attend(i, *triple, scale) for i, triple in enumerate(inputs)])
 
 
 class _NativeAttention(torch.autograd.Function):
-    """Eager SDPA with gradients, as one node around all calls.
+    """Eager library calls with gradients, as one node around all of them.
 
-    Every run gets its own small autograd graph over views of q, k, v: slicing under the outer graph would add one
+    Every call gets its own small autograd graph over views of q, k, v: slicing under the outer graph would add one
     full-size tensor of zeros per slice in backward.
     """
 
     @staticmethod
     def record(q, k, v, blocks, scale):
-        """Three leaves per run, and one result per run."""
-        runs = _runs(blocks)
-        views = (_query_views(q.detach(), runs), _key_views(k.detach(), runs), _key_views(v.detach(), runs))
+        """The calls, three leaves for each, and one result for each."""
+        calls = _calls(q, k, blocks)
+        views = (calls.queries(q.detach()), calls.keys(k.detach()), calls.keys(v.detach()))
         leaves = [view.requires_grad_(True) for triple in zip(*views, strict=True) for view in triple]
         with torch.enable_grad():
-            results = [_attend(*leaves[3 * i : 3 * i + 3], run.causal, scale) for i, run in enumerate(runs)]
-        return leaves, results
+            results = [calls.attend(i, *leaves[3 * i : 3 * i + 3], scale) for i in range(len(leaves) // 3)]
+        return calls, leaves, results
 
     @staticmethod
     def forward(ctx, q, k, v, blocks, scale):
         ctx.save_for_backward(q, k, v)
-        ctx.blocks, ctx.scale, ctx.calls = blocks, scale, _NativeAttention.record(q, k, v, blocks, scale)
-        out = q.new_empty(q.shape)
-        for target, result in zip(_query_views(out, _runs(blocks)), ctx.calls[1], strict=True):
-            target.copy_(result)
-        return out
+        ctx.blocks, ctx.scale, ctx.recorded = blocks, scale, _NativeAttention.record(q, k, v, blocks, scale)
+        calls, _, results = ctx.recorded
+        return calls.join_queries(q, [result.detach() for result in results])
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out):
         q, k, v = ctx.saved_tensors
         # The inner graphs are freed with their backward; a second one (retain_graph=True) records them again.
-        leaves, results = ctx.calls or _NativeAttention.record(q, k, v, ctx.blocks, ctx.scale)
-        ctx.calls, runs = None, _runs(ctx.blocks)
-        grad_q, grad_k, grad_v = q.new_empty(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
-        if runs:
-            grads = torch.autograd.grad(results, leaves, _query_views(grad_out.contiguous(), runs))
-            targets = (_query_views(grad_q, runs), _key_views(grad_k, runs), _key_views(grad_v, runs))
-            for i, (query, key, value) in enumerate(zip(*targets, strict=True)):
-                query.copy_(grads[3 * i])
-                key.add_(grads[3 * i + 1])
-                value.add_(grads[3 * i + 2])
-        return grad_q, grad_k, grad_v, None, None
+        calls, leaves, results = ctx.recorded or _NativeAttention.record(q, k, v, ctx.blocks, ctx.scale)
+        ctx.recorded, grads = None, ()
+        if results:
+            grads = calls.gradients(results, leaves, calls.queries(grad_out.contiguous()))
+        grad_q = calls.join_queries(q, list(grads[0::3]))
+        return grad_q, calls.join_keys(k, list(grads[1::3])), calls.join_keys(v, list(grads[2::3])), None, None
 
 
 # -------------------------------------------------------------------------------------------- registered ops, autograd

@@ -1,0 +1,110 @@
+"""Faces by the batch engine against the plain loop, and each of its exact savings alone (`benchmarks/savings.py`).
+
+    reference     the plain loop (`unif2ace/generation/plain.py`) on reference ops: the baseline
+    plain         the plain loop on the ops of the back end `auto`
+    plain, ...    the same with one saving
+    engine        `GenerationEngine`: all of them, requests and decoded pictures included
+
+FLOPs are those of the engine's products, so its roofline share is what of the machine's matrix rate the model's
+arithmetic gets, everything around it included. The gate, in float32: the codes of most faces are those
+of the baseline; one rounding that flips a token changes the rest of its face.
+
+Goals on two CPU cores: engine against reference 4x in a batch of 32 and 3x alone; engine against plain 1.5x.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import shapes
+from benchmarks.savings import SAVINGS, draw
+from unif2ace.config import UniF2aceConfig
+from unif2ace.evaluation import speed
+from unif2ace.generation.engine import GenerationEngine, Request
+from unif2ace.generation.plain import generate_codes
+from unif2ace.generation.schedule import schedule_steps
+from unif2ace.ops import use_backend
+from unif2ace.pipeline import UniF2acePipeline
+
+SAME_SHARE = 0.75  # of the faces must be those of the baseline
+GUIDANCE = 3.0
+
+load = cache(speed.load)  # one model for all of its benchmarks
+
+
+def variants(pipe: UniF2acePipeline, prompts: list[list[int]], steps: int) -> dict[str, Callable[[], Tensor]]:
+    """Name -> a call that draws one face per prompt and returns codes [B, N]."""
+    seeds, options = range(len(prompts)), {"steps": steps, "guidance": GUIDANCE}
+
+    def plain() -> Tensor:
+        return generate_codes(pipe.model, prompts, seeds, **options)
+
+    def engine() -> Tensor:
+        engine = GenerationEngine(pipe.model, pipe.codec, len(prompts), max_prompt_tokens=max(map(len, prompts)))
+        requests = [Request(prompt, [seed], key=seed, **options) for prompt, seed in zip(prompts, seeds, strict=True)]
+        faces = sorted(engine.stream(requests), key=lambda face: face.request.key)
+        return torch.stack([face.codes for face in faces])
+
+    def saving(name: str) -> Callable[[], Tensor]:
+        return lambda: draw(pipe.model, prompts, seeds, {name}, **options)
+
+    def on(backend: str, call: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        def run() -> Tensor:
+            with use_backend(backend):
+                return call()
+
+        return run
+
+    calls = {"reference": on("reference", plain), "plain": on("auto", plain)}
+    if pipe.device.type == "cpu":  # the loop with single savings is a CPU one
+        calls |= {f"plain, {name}": on("auto", saving(name)) for name in SAVINGS}
+    return calls | {"engine": on("auto", engine)}
+
+
+def engine_flops(config: UniF2aceConfig, prompts: list[list[int]], steps: int) -> int:
+    """FLOPs of the engine's products: projections, experts and attention of all image rows it runs, and the head."""
+    hidden, moe, sequence = config.hidden_size, config.token_moe, config.sequence_moe
+    keys = config.image_rows + 3 + sum(map(len, prompts)) / len(prompts) / 2  # half of the rows see no prompt
+    layer = 4 * hidden**2 + 2 * keys * hidden
+    if moe is None:
+        layer += 2 * hidden * config.ffn_width
+    else:
+        layer += 2 * hidden * (moe.num_experts + moe.top_k * moe.expert_width + moe.shared_width)
+    if sequence is not None and "noise" in sequence.generation_experts:
+        layer += sequence.resampler_width * hidden
+    plan = schedule_steps(config.num_image_tokens, steps)
+    sequences = 2 * len(prompts) * (len(plan) - 1) + len(set(map(tuple, prompts))) + 1
+    products = sequences * config.image_rows * config.num_layers * layer
+    products += len(prompts) * sum(step.unknown for step in plan) * config.codebook_size * hidden
+    return round(2 * products)
+
+
+@pytest.mark.parametrize("shape", list(shapes.GENERATION))
+def bench_generation(shape: str, device: str, compare: Callable) -> None:
+    size = shapes.GENERATION[shape]
+    pipe = load(size.model, device)
+    texts = [speed.PROMPTS[index % len(speed.PROMPTS)] for index in range(size.faces)]
+    prompts = [pipe.tokenizer.encode(text) for text in texts]
+    calls = variants(pipe, prompts, size.steps)
+
+    def gate(name: str) -> None:
+        same = (calls[name]() == expected()).all(1).sum().item()
+        assert same >= SAME_SHARE * size.faces, f"{same} of {size.faces} faces are those of the reference"
+
+    expected = cache(calls["reference"])
+    compare(
+        calls,
+        baseline="reference",
+        op="generation",
+        shape=shape,
+        case="forward",
+        dtype=pipe.dtype,
+        flops=engine_flops(pipe.model.config, prompts, size.steps),
+        gate=gate if pipe.dtype == torch.float32 else None,
+        items=(size.faces, "faces"),
+    )

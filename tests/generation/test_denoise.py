@@ -1,0 +1,99 @@
+"""Static shapes: no step waits for a number, no shape depends on one; on a GPU the whole loop is one graph."""
+
+from contextlib import nullcontext
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.tiny import build_parts
+from unif2ace.generation.denoise import Drawing, Slots, plan_step, run_step, run_steps
+from unif2ace.generation.prefix import run_prefixes
+from unif2ace.generation.schedule import schedule_steps
+from unif2ace.model.transformer import UniF2ace
+from unif2ace.ops import _registry, use_backend
+
+PROMPTS = [(5, 6, 7), (), (8,)]
+STEPS = 5
+
+
+def start(model, seeds=(3, 4)):
+    """Slots with two images, one with guidance and one without, and the plans of all their steps."""
+    size = model.config.num_image_tokens
+    codes = torch.full((size,), model.vocabulary.mask_code)
+    cond, uncond, other = run_prefixes(model, PROMPTS, [codes] * 3)
+    slots = Slots(model, 2, 8)
+    steps = tuple(schedule_steps(size, STEPS))
+    drawings = [Drawing(1, steps, cond, uncond, guidance=2.0), Drawing(0, steps, other, temperature=0.5)]
+    for drawing, seed in zip(drawings, seeds, strict=True):
+        slots.start(drawing, seed, codes)
+    return slots, [plan_step(slots, [replace(d, done=k) for d in drawings]) for k in range(STEPS)]
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """(model, slots, plans) on the meta device: shapes and no numbers. Ops are opaque, as compiled kernels are."""
+    monkeypatch.setattr(_registry, "_resolve", lambda *a: "native")
+    monkeypatch.setattr(torch, "autocast", lambda *a, **k: nullcontext())  # knows no meta device
+    use_backend("native")
+    config = build_parts().model.config
+    with torch.device("meta"):
+        model = UniF2ace(config).eval()
+    slots, plans = start(model)
+    return model, slots, plans
+
+
+def test_no_step_reads_a_number_back(traced):
+    model, slots, plans = traced
+    run_steps(model, slots, plans)
+    assert slots.tokens.device.type == "meta"
+    assert slots.tokens.shape == (3, model.config.image_rows)
+
+
+@pytest.mark.parametrize(
+    "reads", [lambda x: x > x.max().item(), lambda x: x > len(x[x > 0]), lambda x: x > x.tolist()[0]]
+)
+def test_the_trace_notices_who_does(traced, monkeypatch, reads):
+    model, slots, plans = traced
+    monkeypatch.setattr("unif2ace.generation.denoise.remask", lambda confidence, *a: reads(confidence))
+    with pytest.raises((RuntimeError, NotImplementedError), match=r"[Mm]eta"):
+        run_step(model, slots, plans[0])
+
+
+def test_plans_depend_on_the_schedule_alone():
+    model = build_parts().model
+    slots, plans = start(model)
+    for plan in plans:
+        run_step(model, slots, plan)
+    first = slots.tokens.clone()
+    assert bool((first[:2, 1:-1] != model.vocabulary.mask).all())
+    again, _ = start(model, seeds=(5, 6))
+    run_steps(model, again, plans)  # the plans of other seeds
+    assert bool((again.tokens[:2, 1:-1] != model.vocabulary.mask).all())
+    assert not torch.equal(again.tokens, first)
+
+
+@pytest.mark.gpu
+def test_the_whole_loop_is_one_graph():
+    model = build_parts().model.to("cuda")
+    slots, plans = start(model)
+    tokens, unknown = slots.tokens.clone(), slots.unknown.clone()
+
+    def reset():
+        slots.tokens.copy_(tokens)
+        slots.unknown.copy_(unknown)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # compiles kernels, builds what layouts derive
+        run_steps(model, slots, plans)
+        expected = slots.tokens.clone()
+        reset()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run_steps(model, slots, plans)
+    reset()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(slots.tokens, expected)

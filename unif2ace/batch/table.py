@@ -1,0 +1,176 @@
+"""Tables of prompts or questions, read as a stream: .txt (one prompt per line), .jsonl, .parquet.
+
+Every line is a row. A table is read twice: `Table.open` numbers its rows and refuses unknown columns before any work is
+done, `rows` hands them out; neither holds more than one piece of it. A row that cannot be read is handed out with the
+reason, so that it fails alone.
+
+Numbers: row i stands for `count(row i)` results (images), which carry the running numbers starts[i] .. starts[i+1] - 1.
+Every process that reads the table finds the same numbers, whatever share of the rows is its own.
+
+Cost: 8 bytes of memory per row.
+"""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from unif2ace.errors import UserError
+from unif2ace.files import sha256
+
+SUFFIXES = (".txt", ".jsonl", ".parquet")
+PARQUET_ROWS = 1024  # rows decoded at a time
+
+
+class Row(NamedTuple):
+    """Row `index` of a table: its columns, without those that are null; or why it cannot be read."""
+
+    index: int
+    values: dict[str, object]
+    error: str | None = None
+
+    def text(self, column: str) -> str | None:
+        """A column as it is recorded: None where it is no text; what is no Unicode is written out."""
+        value = self.values.get(column)
+        return value.encode("utf-8", errors="backslashreplace").decode() if isinstance(value, str) else None
+
+    @property
+    def id(self) -> str:
+        """The column `id`, else the row's index."""
+        value = self.values.get("id")
+        return str(value) if type(value) is int else self.text("id") or str(self.index)
+
+    def check(self) -> None:
+        """`UserError` for a row that cannot be read, or has an id that is none."""
+        if self.error is not None:
+            raise UserError(self.error)
+        value = self.values.get("id")
+        if value is not None and type(value) not in (str, int):
+            raise UserError(f"id: expected text or an integer, got {value!r}")
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table whose columns are known to be among `columns`; of a .txt file, each line is the first of them."""
+
+    path: Path
+    columns: tuple[str, ...]
+    sha256: str
+    starts: array = field(repr=False)  # [rows + 1]
+
+    @classmethod
+    def open(cls, path: Path, columns: tuple[str, ...], count: Callable[[Row], int]) -> Table:
+        """Read `path` once to number its rows.
+
+        Raises `UserError` for a file that is missing, of another kind, empty, or with columns other than `columns`.
+        """
+        if path.suffix.lower() not in SUFFIXES:
+            raise UserError(f"{path}: expected a table ending in {', '.join(SUFFIXES)}, got {path.suffix or 'none'}")
+        if not path.is_file():
+            raise UserError(f"{path}: expected a table, found {'a folder' if path.is_dir() else 'none'}")
+        starts = array("q", [0])
+        try:
+            digest = sha256(path)
+            for row in _read(path, columns):
+                starts.append(starts[-1] + count(row))
+        except OSError as error:
+            raise UserError(f"{path}: cannot read the table: {error.strerror or error}") from error
+        if len(starts) == 1:
+            raise UserError(f"{path}: expected at least one row, got an empty table")
+        return cls(path, columns, digest, starts)
+
+    @property
+    def total(self) -> int:
+        """How many results all rows stand for."""
+        return self.starts[-1]
+
+    def numbers(self, rank: int = 0, world_size: int = 1) -> Iterator[range]:
+        """The numbers of the results of every `world_size`-th row from row `rank` on."""
+        for index in range(rank, len(self.starts) - 1, world_size):
+            yield range(self.starts[index], self.starts[index + 1])
+
+    def rows(self, rank: int = 0, world_size: int = 1) -> Iterator[tuple[Row, range]]:
+        """Every `world_size`-th row from row `rank` on, with the numbers of its results."""
+        number = 0
+        for number, row in enumerate(_read(self.path, self.columns), 1):
+            if number == len(self.starts):
+                break
+            if row.index % world_size == rank:
+                yield row, range(self.starts[row.index], self.starts[row.index + 1])
+        if number != len(self.starts) - 1:
+            raise UserError(f"{self.path}: expected a table that stays as it is, but it has changed since the start")
+
+
+def _read(path: Path, columns: tuple[str, ...]) -> Iterator[Row]:
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        return _read_parquet(path, columns)
+    return _read_jsonl(path, columns) if suffix == ".jsonl" else _read_text(path, columns[0])
+
+
+def _read_text(path: Path, column: str) -> Iterator[Row]:
+    for index, line in _lines(path):
+        yield Row(index, {}, line.error) if isinstance(line, _Unreadable) else Row(index, {column: line})
+
+
+def _read_jsonl(path: Path, columns: tuple[str, ...]) -> Iterator[Row]:
+    for index, line in _lines(path):
+        where = f"{path.name}:{index + 1}"
+        if isinstance(line, _Unreadable):
+            yield Row(index, {}, line.error)
+            continue
+        try:
+            values = json.loads(line)
+        except json.JSONDecodeError as error:
+            reason = f"{error.msg}, at character {error.colno}"
+            yield Row(index, {}, f"{where}: expected a JSON object, got a broken one: {reason}")
+            continue
+        except (ValueError, RecursionError) as error:  # numbers of thousands of digits, brackets in brackets in ...
+            yield Row(index, {}, f"{where}: expected a JSON object, got an unreadable one: {error}")
+            continue
+        if not isinstance(values, dict):
+            yield Row(index, {}, f"{where}: expected a JSON object, got {type(values).__name__}")
+            continue
+        _refuse_unknown(f"{path}:{index + 1}", values, columns)
+        yield Row(index, {name: value for name, value in values.items() if value is not None})
+
+
+def _read_parquet(path: Path, columns: tuple[str, ...]) -> Iterator[Row]:
+    try:
+        with pq.ParquetFile(path) as file:
+            _refuse_unknown(str(path), file.schema_arrow.names, columns)
+            index = 0
+            for batch in file.iter_batches(PARQUET_ROWS):
+                for values in batch.to_pylist():
+                    yield Row(index, {name: value for name, value in values.items() if value is not None})
+                    index += 1
+    except pa.ArrowException as error:
+        raise UserError(f"{path}: expected a readable Parquet file, got: {str(error).splitlines()[0]}") from error
+
+
+class _Unreadable(NamedTuple):
+    error: str
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str | _Unreadable]]:
+    """Lines without their ends. Decoded one by one: bytes that are no UTF-8 spoil their own line only."""
+    with open(path, "rb") as file:
+        for index, line in enumerate(file):
+            try:
+                yield index, line.decode("utf-8-sig" if index == 0 else "utf-8").rstrip("\r\n")
+            except UnicodeDecodeError as error:
+                reason = f"{path.name}:{index + 1}: expected UTF-8 text, got bytes that are none at {error.start}"
+                yield index, _Unreadable(reason)
+
+
+def _refuse_unknown(where: str, found: object, columns: tuple[str, ...]) -> None:
+    unknown = [name for name in found if name not in columns]
+    if unknown:
+        raise UserError(f"{where}: expected columns among {', '.join(columns)}, got {', '.join(map(repr, unknown))}")

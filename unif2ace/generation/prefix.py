@@ -1,0 +1,63 @@
+"""What the images of one prompt share: the keys and values of its text, and the whole first step.
+
+Text rows see only earlier text, so their keys and values are the same at every step, for every image of the prompt. And
+before step 0 all images of a prompt hold the same tokens (`mask`, but for what is kept): the hidden rows of that step
+are computed once for all of them. For the empty prompt of guidance that is once for all prompts, a constant of the
+model. So an image starts at its second pass through the transformer.
+
+Cost: text + N + 2 rows per prompt, once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from unif2ace.config import TASKS, UniF2aceConfig
+from unif2ace.model.transformer import UniF2ace
+from unif2ace.ops.experts import invariant_tokens
+from unif2ace.ops.linear import INVARIANT_ROWS
+from unif2ace.vocabulary import pack_generation
+
+
+class Prefix(NamedTuple):
+    """`text`: keys and values [layers, text rows, heads, head_dim]. `hidden` [u0, H]: the unknown rows at step 0."""
+
+    text: tuple[Tensor, Tensor]
+    hidden: Tensor
+
+
+def invariant_rows(config: UniF2aceConfig) -> int:
+    """Rows a pass must have for a row's bits not to depend on the others."""
+    moe = config.token_moe
+    return max(INVARIANT_ROWS, 0 if moe is None else invariant_tokens(len(TASKS) * moe.num_experts, moe.top_k))
+
+
+@torch.no_grad()
+def run_prefixes(model: UniF2ace, prompts: Sequence[Sequence[int]], codes: Sequence[Tensor]) -> list[Prefix]:
+    """The prefix of every pair of a prompt (text ids) and codes [N] on the host, `mask_code` where unknown.
+
+    One pass over all of them. Raises `UserError` for ids or codes out of range.
+    """
+    vocabulary, config, device = model.vocabulary, model.config, model.head.weight.device
+    size, texts, images = config.num_image_tokens, [list(prompt) for prompt in prompts], list(codes)
+    rows = sum(len(text) + 3 + config.image_rows for text in texts)
+    for _ in range(-(-max(0, invariant_rows(config) - rows) // (3 + config.image_rows))):  # too few: empty prompts too
+        texts.append([])
+        images.append(torch.full((size,), vocabulary.mask_code))
+    batch = pack_generation(vocabulary, texts, torch.stack(images))
+    unknown = [(image == vocabulary.mask_code).nonzero()[:, 0] for image in images]
+    counts = [len(positions) for positions in unknown]
+    first = batch.layout.code_rows[::size].repeat_interleave(torch.tensor(counts))
+    cache = model.new_cache(len(texts), max(map(len, texts)) + 3 + config.image_rows)
+    hidden = model(
+        batch.to(device),
+        mask_ratio=torch.tensor([max(1, count) / size for count in counts], device=device),
+        cache=cache,
+        rows=(first + torch.cat(unknown)).to(device),
+    ).hidden
+    parts = hidden.split(counts)
+    return [Prefix(cache.read_row(row), parts[row].clone()) for row in range(len(prompts))]
