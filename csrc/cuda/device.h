@@ -13,7 +13,9 @@
 namespace unif2ace {
 
 inline void check_cuda(cudaError_t status, const char* op) {
-  check(status == cudaSuccess, op, ": CUDA says: ", cudaGetErrorString(status));
+  if (status == cudaSuccess) return;
+  cudaGetLastError();  // forgets it: else torch's next launch would report it again, as its own
+  refuse(op, ": CUDA says: ", cudaGetErrorString(status));
 }
 
 // Makes the device of a tensor the current one for a scope, and knows torch's stream there.
