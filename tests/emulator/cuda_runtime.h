@@ -268,12 +268,6 @@ inline const char* cudaGetErrorString(cudaError_t) {
 inline cudaError_t cudaGetLastError() {
   return cudaSuccess;
 }
-inline cudaError_t cudaGetDevice(int* index) {
-  return *index = -1, cudaSuccess;
-}  // the index of CPU tensors
-inline cudaError_t cudaSetDevice(int) {
-  return cudaSuccess;
-}
 inline cudaError_t cudaStreamSynchronize(cudaStream_t) {
   return cudaSuccess;
 }
