@@ -333,6 +333,8 @@ def _device(device: torch.device | str | None) -> torch.device:
         raise UserError(f"device: expected a name such as cpu or cuda, got {device!r}") from error
     if chosen.type not in ("cpu", "cuda"):
         raise UserError(f"device: expected cpu or cuda, got {device!r}")
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device: expected one of {torch.cuda.device_count()} CUDA devices, got {device!r}")
+    found = torch.cuda.device_count()
+    if chosen.type == "cuda" and (chosen.index or 0) >= found:
+        expected = f"cpu or one of {found} CUDA devices" if found else "cpu, as there is no CUDA device here"
+        raise UserError(f"device: expected {expected}, got {str(device)!r}")
     return chosen
