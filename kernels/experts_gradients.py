@@ -125,7 +125,7 @@ def activation_gradient_kernel(
             source = pre_ptr + first.to(tl.int64) * up_rows + (in_tile[:, None] * up_rows + columns[None, :])
             pre = tl.load(source, mask=inside, other=0.0).to(tl.float32)
             up = tl.load(source + inner, mask=inside, other=0.0).to(tl.float32) if GATED else pre
-            act, grad_pre, grad_up = activation_gradient(pre, up, grad_act, ACTIVATION)
+            act, grad_pre, grad_up = activation_gradient(pre, up, grad_act * weight, ACTIVATION)
             # One row of `dots` per piece: a sum carried from piece to piece would cost the registers that spill.
             dots = dots_ptr + (column_tile * PIECES + piece).to(tl.int64) * slots + rows
             tl.store(dots, tl.sum(grad_act * act, 1), mask=live)
@@ -133,11 +133,9 @@ def activation_gradient_kernel(
             out = factors_ptr + (tile * BLOCK_M).to(tl.int64) * width + (in_tile[:, None] * width + columns[None, :])
             sums = sums_ptr + tile.to(tl.int64) * up_rows + columns
             tl.store(out, (act * weight).to(dtype), mask=exists[None, :])
-            grad_pre *= weight
             tl.store(out + inner, grad_pre.to(dtype), mask=exists[None, :])
             tl.store(sums, tl.sum(grad_pre, 0), mask=exists)
             if GATED:
-                grad_up *= weight
                 tl.store(out + 2 * inner, grad_up.to(dtype), mask=exists[None, :])
                 tl.store(sums + inner, tl.sum(grad_up, 0), mask=exists)
 
