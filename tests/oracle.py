@@ -36,6 +36,11 @@ def available_backends(op: str, *dtypes: torch.dtype) -> list[str]:
     return [name for name in _registry.BACKENDS if _registry.why_not(op, name, device, dtypes) is None]
 
 
+def backend_cases(op: str) -> list[tuple[str, torch.dtype]]:
+    """(back end, dtype) of every way in which `op` can run on the device of this test run."""
+    return [(name, dtype) for dtype in DTYPES for name in available_backends(op, dtype)]
+
+
 def seeded(seed: int) -> torch.Generator:
     """A generator for tensors on the device of this test run."""
     return torch.Generator(torch.get_default_device()).manual_seed(seed)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shlex
 import subprocess
 import sys
 
@@ -93,6 +94,13 @@ def test_ask(model, face, capsys):
     assert facts["caption"] is None
 
 
+def test_options_may_stand_anywhere(model, face):
+    options = build_parser().parse_args(["ask", face, "--fit", "Why?", "--model", model, "How?"])
+    assert (options.image, options.question, options.fit, options.model) == (face, ["Why?", "How?"], True, model)
+    assert build_parser().parse_args(["generate", "a", "--num", "2", "b"]).prompt == ["a", "b"]
+    assert build_parser().parse_args(["bench", "--rounds", "1"]).what == "generate"
+
+
 def test_fit_takes_any_picture(model, tmp_path, capsys):
     path = str(tmp_path / "wide.png")
     Image.new("RGBA", (70, 50), "red").save(path)
@@ -162,6 +170,13 @@ def test_doctor(capsys):
         (["ask", __file__, "Why?"], "test_cli.py: expected a readable picture"),
         (["generate"], "generate: expected a sentence, or --prompts, got neither"),
         (["ask"], "ask: expected a picture, or --questions, got neither"),
+        (["generate", "a face", "--device", "cuda:99"], "device: expected cpu"),
+        (["generate", "a face", "--out", "faces.txt"], "--out: expected a folder or a picture file (.png, "),
+        (["generate", "a face", "--engine", "ray"], "--engine ray: expected a table (--prompts FILE), got none"),
+        (["ask", "face.png", "Why?", "--engine", "ray"], "--engine ray: expected a table (--questions FILE), got"),
+        (["generate", "--prompts", "p.txt", "--workers", "2"], "--workers: expected 1 without --engine ray, got 2"),
+        (["ask", "--questions", "q.txt"], "q.txt: expected a table ending in .jsonl or .parquet, got .txt"),
+        (["ask", ".", "Why?"], ".: expected a picture file, found a folder"),
         (["ask", "face.png"], "ask: expected at least one question, or --caption, got neither"),
         (["evaluate", "--data", "nowhere"], "nowhere: expected a folder with Parquet files of faces"),
     ],
@@ -232,8 +247,11 @@ def test_every_command_explains_itself_by_examples(command, capsys):
     with pytest.raises(SystemExit) as stopped:
         build_parser().parse_args([command, "--help"])
     assert stopped.value.code == 0
-    text = capsys.readouterr().out
-    assert f"examples:\n  unif2ace {command}" in text
+    examples = capsys.readouterr().out.partition("examples:\n")[2].splitlines()
+    assert examples[0].startswith(f"  unif2ace {command}")
+    for example in examples:  # as they stand there, whatever launches them
+        arguments = shlex.split(example.partition("unif2ace ")[2], comments=True)
+        assert build_parser().parse_args(arguments).command == command
 
 
 # --------------------------------------------------------------------------------------------------------- as a program

@@ -13,7 +13,7 @@ from tests.oracle import available_backends
 from tests.tiny import tiny_pipeline
 from unif2ace.evaluation.faces import held_out_faces
 from unif2ace.generation import plain
-from unif2ace.ops import use_backend
+from unif2ace.ops import _registry, use_backend
 from unif2ace.pipeline import OPS, UniF2acePipeline
 from unif2ace.training.batches import MixedBatches, TokenizedFaces
 from unif2ace.training.muon import MuonAdamW
@@ -34,6 +34,19 @@ def test_equal_logits_give_equal_faces(backend: str, monkeypatch: pytest.MonkeyP
         monkeypatch.setattr(plain, "remask", partial(plain.remask, backend=backend))
         found = plain.generate_codes(pipe.model, prompts, [1, 2, 3], steps=6, guidance=2.0)
     assert torch.equal(found, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("triton" not in available_backends("sampling"), reason="Triton cannot run here")
+def test_a_whole_model_on_triton():
+    """But for the ops that Triton leaves to libraries."""
+    pipe = tiny_pipeline()
+    with use_backend("triton"):
+        assert {op for op, name in pipe.backends().items() if name != "triton"} == _registry.WITHOUT_TRITON
+        face = pipe.generate("a smiling person", steps=2, seed=1)[0]
+        answer = pipe.answer(face, "Why?", max_new_tokens=2)
+    assert face.tobytes() == pipe.generate("a smiling person", steps=2, seed=1)[0].tobytes()
+    assert answer == pipe.answer(face, "Why?", max_new_tokens=2)
 
 
 def loss_curve(pipe: UniF2acePipeline, backend: str, steps: int) -> torch.Tensor:

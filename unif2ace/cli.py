@@ -27,7 +27,22 @@ unif2ace COMMAND --help explains a command by examples.
 
 
 class _Parser(argparse.ArgumentParser):
-    """Reports like every other mistake: one line, status 2."""
+    """Reports like every other mistake: one line, status 2. Options may stand anywhere among the arguments."""
+
+    _gathering = False  # `parse_known_intermixed_args` calls `parse_known_args` itself
+
+    def parse_known_args(
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """argparse takes a list of arguments up to the first option only; here all of them are gathered."""
+        asks_for_help = not {"-h", "--help"}.isdisjoint(args or ())  # which is written as nothing is being gathered
+        if self._subparsers is not None or self._gathering or asks_for_help:
+            return super().parse_known_args(args, namespace)
+        self._gathering = True
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._gathering = False
 
     def error(self, message: str) -> NoReturn:
         _complain(f"{message} (see {self.prog} --help)")
@@ -66,7 +81,7 @@ def _sampling(parser: argparse.ArgumentParser) -> None:
 
 def _table(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--batch-size", type=_positive, default=32, metavar="N", help="rows of a table at a time (default: %(default)s)"
+        "--batch-size", type=_positive, default=32, metavar="N", help="results made at a time (default: %(default)s)"
     )
     parser.add_argument(
         "--engine", choices=("local", "ray"), default="local", help="where a table is worked on (default: %(default)s)"

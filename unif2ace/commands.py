@@ -17,7 +17,7 @@ from PIL import ImageOps
 from tqdm import tqdm
 
 from unif2ace.errors import UserError
-from unif2ace.files import check_folder, is_image_path, sha256, write_image
+from unif2ace.files import IMAGE_SUFFIXES, check_folder, is_image_path, sha256, write_image
 from unif2ace.inputs import open_face, open_image
 from unif2ace.pipeline import CAPTION_REQUEST, UniF2acePipeline
 
@@ -34,6 +34,7 @@ def demo(options: argparse.Namespace) -> None:
 
 def generate(options: argparse.Namespace) -> int:
     """`unif2ace generate`; returns the exit status."""
+    _check_workers(options, "--prompts", options.prompts)
     if options.prompts is not None:
         from unif2ace.batch import command
 
@@ -54,6 +55,8 @@ def generate(options: argparse.Namespace) -> int:
         known["known_image"] = open_face(options.image, pipe.image_size, options.fit)
         known["known_mask"] = ImageOps.fit(mask, (pipe.image_size,) * 2) if options.fit else mask
     out = Path(options.out or DEFAULT_OUT)
+    if out.suffix and not is_image_path(out) and not out.is_dir():
+        raise UserError(f"--out: expected a folder or a picture file ({', '.join(IMAGE_SUFFIXES)}), got {out}")
     check_folder(out.parent if is_image_path(out) else out)
     started = time.perf_counter()
     faces = pipe.generate(
@@ -63,6 +66,7 @@ def generate(options: argparse.Namespace) -> int:
         guidance_scale=settings.guidance_scale,
         temperature=settings.temperature,
         seed=options.seed,
+        batch_size=options.batch_size,
         on_step=_progress("drawing", "step"),
         **known,
     )
@@ -99,6 +103,7 @@ def generate(options: argparse.Namespace) -> int:
 
 def ask(options: argparse.Namespace) -> int:
     """`unif2ace ask`; returns the exit status."""
+    _check_workers(options, "--questions", options.questions)
     if options.questions is not None:
         from unif2ace.batch import command
 
@@ -115,7 +120,7 @@ def ask(options: argparse.Namespace) -> int:
             print(text, end="", flush=True)
         print()
         return 0
-    answers = pipe.answer(face, options.question) if options.question else []
+    answers = pipe.answer(face, options.question, batch_size=options.batch_size) if options.question else []
     caption = pipe.caption(face)[0] if options.caption else None
     seconds = time.perf_counter() - started
     if options.json:
@@ -251,6 +256,14 @@ def bench(options: argparse.Namespace) -> None:
         _print_json({**facts, **_machine_facts(pipe, options)})
     else:
         print(speed.speed_table(speeds))
+
+
+def _check_workers(options: argparse.Namespace, name: str, table: str | None) -> None:
+    """Nothing that is asked for is ignored silently."""
+    if options.engine == "ray" and table is None:
+        raise UserError(f"--engine ray: expected a table ({name} FILE), got none")
+    if options.engine != "ray" and options.workers > 1:
+        raise UserError(f"--workers: expected 1 without --engine ray, got {options.workers}")
 
 
 def _pipeline(options: argparse.Namespace) -> UniF2acePipeline:

@@ -140,6 +140,8 @@ def open_image(path: str | Path) -> Image.Image:
             return image
     except FileNotFoundError as error:
         raise UserError(f"{path}: expected a picture file, found none") from error
+    except IsADirectoryError as error:
+        raise UserError(f"{path}: expected a picture file, found a folder") from error
     except (UnidentifiedImageError, OSError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
         # Pillow reports broken files as any of these.
         raise UserError(f"{path}: expected a readable picture, got: {str(error).splitlines()[0]}") from error

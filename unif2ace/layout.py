@@ -20,8 +20,7 @@ from torch import Tensor
 
 from unif2ace.config import TASKS
 from unif2ace.errors import UserError
-
-Block = tuple[int, int, int, int, bool]
+from unif2ace.ops.omni_attention import Block
 
 
 @dataclass(frozen=True)

@@ -34,15 +34,8 @@ from unif2ace.generation.draw import ENGINES
 from unif2ace.generation.settings import MAX_TEMPERATURE, GenerationConfig, check_count, check_number, to_signed
 from unif2ace.ops import BACKENDS, _registry, use_backend
 
-OPS = (
-    "linear",
-    "rotary",
-    "routing",
-    "experts",
-    "sequence_mix",
-    "omni_attention",
-    "sampling",
-)  # what generating and answering run
+# What generating and answering run.
+OPS = ("linear", "rotary", "routing", "experts", "sequence_mix", "omni_attention", "sampling")
 CAPTION_REQUEST = "Describe the face."
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -58,9 +51,7 @@ class UniF2acePipeline:
         self.parts, self.backend = parts, backend
         self.model, self.codec, self.tokenizer = parts.model, parts.codec, parts.tokenizer
         self.defaults: GenerationConfig = parts.defaults
-        if backend != "auto":
-            for op in OPS:
-                _registry.choose(op, backend, self.device, self.dtype)  # refuses now what would fail in the first step
+        self.backends()  # refuses now what would fail in the first step
 
     @classmethod
     def from_pretrained(
@@ -75,8 +66,8 @@ class UniF2acePipeline:
         Args:
             device: None takes CUDA where there is one, else the CPU.
             dtype: of the transformer; None is float32 on a CPU, bfloat16 on a GPU. Codec and encoders run in float32.
-            backend: "reference", "native" or "triton" for every op, or "auto": the fastest one that can run each call
-                (or whatever `unif2ace.ops.use_backend` has set).
+            backend: "reference", "native" or "triton" as `unif2ace.ops.use_backend` takes them, or "auto": the fastest
+                one that can run each call (or whatever that has set).
 
         Raises:
             UserError: unknown name, missing or corrupt files, parts that do not fit together, an unusable device, dtype
@@ -154,13 +145,14 @@ class UniF2acePipeline:
             prompts: one sentence or several.
             steps, guidance_scale, temperature: None takes the model's defaults (`GenerationConfig`).
             seed: an integer s gives image i the seed s + i (modulo 2^64); a list gives each image its own. An image
-                depends on its prompt, its seed and these settings, never on the images drawn with it.
+                depends on its prompt, its seed and these settings, not on the images drawn with it: to the last bit on
+                CPUs with the native back end, else up to rounding (`unif2ace.generation.engine`).
             engine: "fast" (`GenerationEngine`), or "plain", the loop of the paper, which needs more work for the same
                 codes.
             known_image, known_mask: in-painting. An RGB picture of `image_size` and which of its pixels to keep: a PIL
                 mask (white = keep) or a bool array (True = keep). A token cell is kept when all its pixels are; the
                 others are drawn anew. Kept pixels come back unchanged.
-            batch_size: images per batch; bounds the memory, does not change the images.
+            batch_size: images per batch; bounds the memory.
             on_step: called as on_step(done, total) after every step of a batch.
 
         Returns RGB images of `image_size`, in order. Raises `UserError` for anything that does not fit.
@@ -333,6 +325,8 @@ def _device(device: torch.device | str | None) -> torch.device:
         raise UserError(f"device: expected a name such as cpu or cuda, got {device!r}") from error
     if chosen.type not in ("cpu", "cuda"):
         raise UserError(f"device: expected cpu or cuda, got {device!r}")
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device: expected one of {torch.cuda.device_count()} CUDA devices, got {device!r}")
+    found = torch.cuda.device_count()
+    if chosen.type == "cuda" and (chosen.index or 0) >= found:
+        expected = f"cpu or one of {found} CUDA devices" if found else "cpu, as there is no CUDA device here"
+        raise UserError(f"device: expected {expected}, got {str(device)!r}")
     return chosen

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.oracle import DRAWS, DTYPES, assert_close, available_backends
+from tests.oracle import DRAWS, assert_close, available_backends, backend_cases
 from unif2ace.errors import UserError
 from unif2ace.ops import use_backend
 
@@ -40,7 +40,7 @@ def parameters(*values: object) -> object:
 
 AVAILABLE = available_backends("experts", torch.float32)
 BACKENDS = [parameters(backend) for backend in AVAILABLE]
-RUNS = [parameters(dtype, backend) for dtype in DTYPES for backend in available_backends("experts", dtype)]
+RUNS = [parameters(dtype, backend) for backend, dtype in backend_cases("experts")]
 
 # ------------------------------------------------------------------------------------------------- the experts modules
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from benchmarks.shapes import LOSS_SMALL, LossShape
 from tests.bits import assert_same_for_threads, needs_native, run_python
-from tests.oracle import DTYPES, assert_matches_reference, available_backends, noncontiguous, registered
+from tests.oracle import DTYPES, assert_matches_reference, available_backends, backend_cases, noncontiguous, registered
 from unif2ace.errors import UserError
 from unif2ace.ops import _registry, d3diff_loss, linear_loss
 from unif2ace.ops.diffusion_loss import (
@@ -29,7 +29,7 @@ BACKENDS = available_backends("diffusion_loss")
 IMAGE_TOKENS = 16
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-CASES = [(name, dtype) for dtype in DTYPES for name in available_backends("diffusion_loss", dtype)]
+CASES = backend_cases("diffusion_loss")
 each_case = pytest.mark.parametrize(("backend", "dtype"), CASES, ids=str)
 # Triton's interpreter takes a microsecond or so per logit.
 SLOW_TRITON = [pytest.param(*c, marks=[pytest.mark.slow] * (c[0] == "triton"), id=f"{c[0]}-{c[1]}") for c in CASES]

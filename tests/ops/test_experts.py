@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.shapes import EXPERTS_SMALL, ExpertShape
-from tests.oracle import DTYPES, assert_matches_reference, available_backends, noncontiguous, registered
+from tests.oracle import assert_matches_reference, available_backends, backend_cases, noncontiguous, registered
 from unif2ace.errors import UserError
 from unif2ace.ops import RoutingPlan, _registry, expert_mlp, grouped_gemm, route
 from unif2ace.ops.experts import ACTIVATIONS, activate
@@ -29,7 +29,7 @@ def marked(name: str, *rest: object) -> object:
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 each_backend_repeated = pytest.mark.parametrize("backend", [marked(name) for name in BACKENDS])
 each_shape = pytest.mark.parametrize("shape", EXPERTS_SMALL.values(), ids=EXPERTS_SMALL.keys())
-CASES = [(name, dtype) for dtype in DTYPES for name in available_backends("experts", dtype)]
+CASES = backend_cases("experts")
 each_case = pytest.mark.parametrize(("backend", "dtype"), CASES, ids=str)
 each_case_repeated = pytest.mark.parametrize(("backend", "dtype"), [marked(*case) for case in CASES], ids=str)
 

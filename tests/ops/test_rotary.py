@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.bits import assert_same_for_threads, assert_same_on_instruction_sets, needs_native
-from tests.oracle import DTYPES, assert_matches_reference, available_backends, noncontiguous, registered
+from tests.oracle import assert_matches_reference, available_backends, backend_cases, noncontiguous, registered
 from unif2ace.errors import UserError
 from unif2ace.ops import _registry, rotate_heads
 
@@ -22,7 +22,7 @@ SIZES = {
 }
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
-CASES = [(name, dtype) for dtype in DTYPES for name in available_backends("rotary", dtype)]
+CASES = backend_cases("rotary")
 each_case = pytest.mark.parametrize(("backend", "dtype"), CASES, ids=str)
 
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from benchmarks.shapes import ROUTING_SMALL, RoutingShape, token_groups
 from tests.oracle import (
-    DTYPES,
     assert_matches_reference,
     available_backends,
+    backend_cases,
     noncontiguous,
     poisoned,
     registered,
@@ -35,12 +35,7 @@ VARIANTS = {
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 each_shape = pytest.mark.parametrize("shape", ROUTING_SMALL.values(), ids=ROUTING_SMALL.keys())
 each_variant = pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS.keys())
-CASES = [
-    (name, dtype)
-    for dtype in DTYPES
-    for name in BACKENDS
-    if _registry.why_not("routing", name, torch.get_default_device(), (dtype,)) is None
-]
+CASES = backend_cases("routing")
 each_case = pytest.mark.parametrize(("backend", "dtype"), CASES, ids=str)
 # The interpreter takes a second for each of these, and dtypes only differ in how a tile is loaded and stored.
 each_case_of_gradients = pytest.mark.parametrize(

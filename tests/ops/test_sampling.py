@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from benchmarks.shapes import SAMPLING_SMALL, SamplingShape
-from tests.oracle import DTYPES, assert_close, available_backends, noncontiguous, poisoned, registered, seeded
+from tests.oracle import assert_close, available_backends, backend_cases, noncontiguous, poisoned, registered, seeded
 from unif2ace.errors import UserError
 from unif2ace.ops import _noise, _registry, head_sample, remask, sample_tokens
 from unif2ace.ops.sampling import reference_sample_tokens
 
 BACKENDS = available_backends("sampling")
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
-CASES = [(name, dtype) for dtype in DTYPES for name in available_backends("sampling", dtype)]
+CASES = backend_cases("sampling")
 each_case = pytest.mark.parametrize(("backend", "dtype"), CASES, ids=str)
 each_shape = pytest.mark.parametrize("shape", SAMPLING_SMALL.values(), ids=SAMPLING_SMALL.keys())
 

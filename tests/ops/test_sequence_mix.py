@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from benchmarks.shapes import SEQUENCE_MIX_SMALL, MixShape
 from tests.bits import assert_same_for_threads, assert_same_on_instruction_sets, needs_native
-from tests.oracle import DTYPES, assert_matches_reference, available_backends, noncontiguous, registered
+from tests.oracle import assert_matches_reference, available_backends, backend_cases, noncontiguous, registered
 from unif2ace.errors import UserError
 from unif2ace.ops import _registry, mix_sequences
 
@@ -26,7 +26,7 @@ each_backend = pytest.mark.parametrize("backend", BACKENDS)
 needs_triton = pytest.mark.skipif("triton" not in BACKENDS, reason="Triton is not installed")
 each_kernel = pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
 each_shape = pytest.mark.parametrize("shape", SEQUENCE_MIX_SMALL.values(), ids=SEQUENCE_MIX_SMALL.keys())
-CASES = [(name, dtype) for dtype in DTYPES for name in available_backends("sequence_mix", dtype)]
+CASES = backend_cases("sequence_mix")
 each_case = pytest.mark.parametrize(("backend", "dtype"), CASES, ids=str)
 each_16_bit_case = pytest.mark.parametrize(("backend", "dtype"), [c for c in CASES if c[1].itemsize == 2], ids=str)
 each_form = pytest.mark.parametrize("full", [True, False], ids=["residual", "plain"])

@@ -73,6 +73,8 @@ def ask(options: argparse.Namespace) -> int:
     folder = resolve_folder(options.model)
     output = Output.of_answers(Path(options.out or "answers.jsonl"), answers.FIELDS)
     questions = Path(options.questions)
+    if questions.suffix.lower() == ".txt":
+        raise UserError(f"{questions}: expected a table ending in .jsonl or .parquet, got .txt, which has no questions")
     job = Answers(questions.absolute().parent, options.fit, model_sha256(folder), options.batch_size)
     table = Table.open(questions, answers.COLUMNS, job.count)
     return _Run(options, "ask", "answer", job, table, output, {"fit": options.fit}).run()

@@ -28,8 +28,8 @@ from unif2ace.config import SequenceMoEConfig, preset
 from unif2ace.errors import UserError
 from unif2ace.evaluation import tracing
 from unif2ace.evaluation.faces import held_out_faces
-from unif2ace.ops import _registry, use_backend
-from unif2ace.pipeline import OPS, UniF2acePipeline
+from unif2ace.ops import use_backend
+from unif2ace.pipeline import UniF2acePipeline
 
 BACKENDS_COMPARED = ("reference", "auto")
 RANDOM_MODELS: dict[str, tuple[str, dict[str, object]]] = {  # name -> preset, and what differs from it
@@ -224,8 +224,8 @@ def check_backends(pipe: UniF2acePipeline, backends: Sequence[str]) -> None:
     if pipe.backend != "auto":
         raise UserError(f"speed: expected a pipeline with backend='auto', got {pipe.backend!r}")
     for backend in backends:
-        for op in OPS:
-            _registry.choose(op, backend, pipe.device, pipe.dtype)
+        with use_backend(backend):
+            pipe.backends()
 
 
 def speed_table(speeds: Sequence[Speed]) -> str:

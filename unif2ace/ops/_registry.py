@@ -45,6 +45,9 @@ AUTO_ORDER = {"cpu": ("native", "reference"), "cuda": ("triton", "native", "refe
 # Ops whose reference is a library call that a GPU has nothing faster for: there it is no fallback.
 LIBRARY_OPS = {"linear"}
 
+# Ops that are left to libraries on a GPU, and have no Triton kernel.
+WITHOUT_TRITON = {"linear", "omni_attention"}
+
 # What the fast back ends read; float64 is for the reference, which serves as the oracle.
 FAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -140,7 +143,8 @@ class use_backend:
     """Set the back end of every op that is not told otherwise: `auto`, `reference`, `native` or `triton`.
 
     `use_backend(name)` changes the default of the process at once; used as `with use_backend(name):` it restores the
-    old default at the end of the block. Like `torch.set_default_dtype` it is one setting for all threads.
+    old default at the end of the block. Like `torch.set_default_dtype` it is one setting for all threads. Whole models
+    run on `triton` too: the two ops it leaves to libraries (`WITHOUT_TRITON`) are then chosen as by `auto`.
 
     Raises:
         UserError: unknown name. Whether a back end can run a call is decided (and refused) when the op is called.
@@ -174,7 +178,9 @@ def choose(op: str, backend: str | None, device: torch.device, *dtypes: torch.dt
     Raises:
         UserError: unknown name, a named back end that cannot run the call, or a forbidden fallback.
     """
-    return _resolve(op, _default if backend is None else backend, device.type, dtypes)
+    if backend is None:
+        backend = "auto" if _default == "triton" and op in WITHOUT_TRITON else _default
+    return _resolve(op, backend, device.type, dtypes)
 
 
 @torch.compiler.assume_constant_result  # traced code sees a string: no environment, imports or warnings in the graph
@@ -245,6 +251,8 @@ def _missing(op: str, backend: str, device: str) -> str | None:
 
 
 def _missing_triton(op: str, device: str) -> str | None:
+    if op in WITHOUT_TRITON:
+        return "left to libraries, there is no Triton kernel"
     if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return "Triton runs on CPU tensors only under its interpreter: set TRITON_INTERPRET=1 before starting Python"
     if device not in ("cpu", "cuda"):

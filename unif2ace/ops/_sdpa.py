@@ -14,9 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unif2ace.ops._varlen import deterministic
-
-Block = tuple[int, int, int, int, bool]
+from unif2ace.ops._varlen import Block, deterministic
 
 
 class Run(NamedTuple):

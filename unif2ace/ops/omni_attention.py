@@ -30,8 +30,8 @@ from torch.autograd.function import once_differentiable
 from unif2ace.errors import UserError
 from unif2ace.ops import _registry, _sdpa, _varlen
 from unif2ace.ops._checks import describe, dtype_name
+from unif2ace.ops._varlen import Block
 
-Block = tuple[int, int, int, int, bool]
 AttentionBlocks = tuple[Block, ...]
 
 
