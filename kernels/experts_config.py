@@ -178,7 +178,7 @@ ROW_BLOCKS = {
 
 def row_gradients(products: Sequence[Product], device: torch.device) -> list[Config]:
     """For products of the backward that give a row for each row: configurations of equal `block_m`."""
-    if INTERPRETED:  # a tile's column sums add row after row there, not as a tree: more rows round more than PyTorch does
+    if INTERPRETED:  # a tile's column sums add row after row there, not as a tree: more rows would round more
         return [Config(32, 64, 64, warps=4, stages=1)] * len(products)
     if products[0].dtype == torch.float32:
         return [Config(64, 64, 16, warps=4, stages=2, programs=2)] * len(products)
@@ -195,9 +195,11 @@ def row_gradients(products: Sequence[Product], device: torch.device) -> list[Con
 
 
 def matrix_gradient(dtype: torch.dtype, gather: bool, device: torch.device) -> Config:
-    """For the products of the backward that sum over rows, `gather`: with rows that are found by an index."""
+    """For the products of the backward that sum over rows, `gather`: with rows that are found by an index. Steps of
+    `block_k` rows divide the tiles of `row_gradients`: behind the last tile of an expert lie another's, or none.
+    """
     if INTERPRETED:
-        return Config(64, 64, 64, warps=4, stages=1)
+        return Config(64, 64, 32, warps=4, stages=1)
     if dtype == torch.float32:
         return Config(64, 64, 16, warps=4, stages=2)
     if chip_of(device) >= 90:

@@ -216,6 +216,17 @@ def test_few_blocks_are_small_ones(monkeypatch: pytest.MonkeyPatch):
     assert block(32768, 2048, 80) == (128, 128)
 
 
+@pytest.mark.parametrize("interpreted", [False, True])
+@pytest.mark.parametrize("chip", SHARED_LIMITS)
+def test_steps_over_rows_end_where_tiles_do(chip: int, interpreted: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(experts_config, "INTERPRETED", interpreted)
+    device = torch.device("meta")
+    with compiling_for(chip):
+        for product in products():
+            (rows,) = experts_config.row_gradients([product], device)
+            assert rows.block_m % experts_config.matrix_gradient(product.dtype, product.gather, device).block_k == 0
+
+
 @pytest.mark.parametrize(("capability", "chip"), [(75, 80), (80, 80), (89, 80), (90, 90), (103, 90), (120, 80)])
 def test_every_device_has_rules(capability: int, chip: int, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(experts_config, "capability", lambda device: capability)
