@@ -13,7 +13,8 @@ The rules (16-bit operands; r = rows per expert on average, which the host knows
   of two warpgroups can be (128 registers per thread); four stages of it fill the 227 KiB of shared memory.
 * r <= 32: reading the matrices is all there is. `swap`, 64 (gated 2 x 64) rows of the matrix times 16 or 32 tokens. In
   flight per multiprocessor are two programs times three stages of 16 KiB; 4.3 TB/s times a latency of 1 us over 132
-  multiprocessors asks for 32 KiB.
+  multiprocessors asks for 32 KiB. One token has fewer blocks than that (32 in the preset's up projection), so each has
+  seven stages in flight, where there is shared memory for them.
 * float32 runs on the ordinary arithmetic units: 64 x 64.
 * Under the interpreter one small tile for everything: programs are slow there, not rows.
 
@@ -38,6 +39,7 @@ import triton
 from torch import Tensor
 
 from unif2ace.kernels._device import INTERPRETED, capability, multiprocessors
+from unif2ace.kernels.experts_schedule import max_tiles
 
 FOLDER = Path(__file__).parent / "tuning"
 
@@ -121,7 +123,10 @@ def rules(product: Product, chip: int, multiprocessors: int) -> Config:
     if product.dtype == torch.float32:
         return Config(64, 64 // split, 16, warps=4, stages=2, programs=2)
     if rows <= 32:
-        return Config(16 if rows <= 8 else 32, 64, 128 // split, warps=4, stages=4, programs=2, swap=True)
+        config = Config(16 if rows <= 8 else 32, 64, 128 // split, warps=4, stages=4, programs=2, swap=True)
+        tiles = max_tiles(product.rows, product.num_experts, config.block_m)
+        few = tiles * triton.cdiv(product.width, config.block_n) <= multiprocessors
+        return config._replace(stages=8, programs=1) if few and chip >= 90 else config
     config = min(BLOCKS[chip], key=lambda config: _cycles(config, product, chip, multiprocessors))
     if chip >= 90 and not product.gather:
         config = config._replace(piece=64, flatten=True)

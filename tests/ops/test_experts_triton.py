@@ -175,7 +175,8 @@ LOADS = (1, 3, 8, 9, 32, 33, 64, 65, 4096)
 
 def products() -> list[Product]:
     kinds = [(torch.bfloat16, 1, True), (torch.float16, 2, True), (torch.float32, 2, True), (torch.float32, 1, False)]
-    return [Product(d, 16 * r, 16, 512, 2048, p, g) for r in LOADS for d, p, g in (*kinds, (torch.bfloat16, 1, False))]
+    kinds.append((torch.bfloat16, 1, False))
+    return [Product(d, rows, 16, 512, 2048, p, g) for rows in (4, *(16 * r for r in LOADS)) for d, p, g in kinds]
 
 
 def shared_bytes(config: Config, product: Product, chip: int) -> int:
@@ -214,6 +215,17 @@ def test_few_blocks_are_small_ones(monkeypatch: pytest.MonkeyPatch):
     assert block(2048, 512) == (128, 256)  # 48 blocks in halves; of 64 x 128 there would be 160, two rounds
     assert block(1024, 256) == (64, 128)
     assert block(32768, 2048, 80) == (128, 128)
+
+
+def test_few_blocks_have_much_in_flight(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(experts_config, "INTERPRETED", False)
+
+    def in_flight(rows: int, parts: int, chip: int = 90) -> int:
+        config = experts_config.rules(Product(torch.bfloat16, rows, 16, 512, 2048, parts, True), chip, 132)
+        return config.programs * (config.stages - 1)
+
+    assert in_flight(4, 1) == in_flight(4, 2) == in_flight(16, 1) == 7  # 32 to 128 blocks
+    assert in_flight(64, 1) == in_flight(4, 1, chip=80) == 6
 
 
 @pytest.mark.parametrize("interpreted", [False, True])

@@ -122,7 +122,7 @@ def _experts() -> Iterator[Call]:
     """Training, decoding and what lies between; every activation; with biases and the pre-activation, and without."""
     hidden, inner, experts, top_k = 2048, 512, 16, 4
     activations = ("gelu_tanh", "swiglu", "gelu", "silu", "relu2", "geglu")
-    loads = {"training": 8192, **{f"{rows} rows per expert": rows * experts // top_k for rows in (128, 64, 32)}}
+    loads = {"training": 8192, **{f"{rows} rows per expert": rows * experts // top_k for rows in (128, 64, 32, 8)}}
     loads["decoding"] = 1
     cases = [(load, name) for load in loads for name in activations[: None if load == "training" else 2]]
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
