@@ -157,7 +157,7 @@ def grouped_gemm_backward(
         read, readers = torch.sort(gather, stable=True)
         starts = torch.searchsorted(read, torch.arange(a.shape[0] + 1, device=a.device, dtype=read.dtype))
         of_rows, grad_a = grad_a, a.new_empty(a.shape)
-        block = min(1024, triton.next_power_of_2(depth))
+        block = min(1024, triton.next_power_of_2(max(1, depth)))
         sums.segment_sums_kernel[(a.shape[0], triton.cdiv(depth, block))](
             of_rows, readers, starts, rows.end, grad_a, depth, BLOCK_N=block
         )

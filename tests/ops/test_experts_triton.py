@@ -118,6 +118,22 @@ def test_a_row_does_not_depend_on_its_place():
         assert torch.equal(grouped_gemm(a[low:high], b, offsets, backend="triton"), whole[low:high])
 
 
+@pytest.mark.parametrize("gathered", [False, True], ids=["rows", "gather"])
+@pytest.mark.parametrize(("depth", "width"), [(0, 3), (4, 0)], ids=["no depth", "no width"])
+def test_matrices_without_elements(depth: int, width: int, gathered: bool):
+    """A sum of no terms is 0 and leaves the bias; nothing is divided by a size of nothing."""
+    a, b, bias = torch.randn(5, depth), torch.randn(2, width, depth), torch.randn(2, width)
+    leaves = [x.requires_grad_(True) for x in (a, b, bias)]
+    offsets, gather = torch.tensor([0, 2, 4], dtype=torch.int32), torch.tensor([0, 1, 1, 2, 4]) if gathered else None
+    y = grouped_gemm(a, b, offsets, bias=bias, gather=gather, backend="triton")
+    grads = torch.autograd.grad(y.sum(), leaves)
+    expected = torch.cat([bias[:1].expand(2, width), bias[1:].expand(2, width), bias.new_zeros(1, width)])
+    assert torch.equal(y, expected)
+    assert [grad.shape for grad in grads] == [x.shape for x in leaves]
+    assert not grads[0].any()
+    assert torch.equal(grads[2], torch.full_like(bias, 2.0))
+
+
 @pytest.mark.gpu  # the interpreter has one configuration for every load
 @pytest.mark.parametrize("gather", [True, False], ids=["gather", "rows"])
 @pytest.mark.parametrize("parts", [1, 2], ids=["plain", "gated"])
