@@ -26,6 +26,7 @@ import torch
 from unif2ace.batch.answers import Answers, AnswerTask
 from unif2ace.batch.faces import Faces, FaceTask
 from unif2ace.batch.record import Line
+from unif2ace.bundle import model_sha256, resolve_folder
 from unif2ace.errors import UserError
 from unif2ace.pipeline import UniF2acePipeline
 
@@ -118,6 +119,8 @@ class Worker:
     def __init__(self, job: Faces | Answers, load: Loading, scratch: str) -> None:
         import ray
 
+        if model_sha256(resolve_folder(load.model)) != job.model_sha256:
+            raise UserError(f"model: expected {load.model} of the machine that started the run, got another one")
         torch.set_num_threads(load.threads)
         self.job = job
         self.pipe = UniF2acePipeline.from_pretrained(load.model, device=load.device, backend=load.backend)
