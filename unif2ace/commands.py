@@ -19,7 +19,7 @@ from tqdm import tqdm
 from unif2ace.errors import UserError
 from unif2ace.files import check_folder, is_image_path, sha256, write_image
 from unif2ace.inputs import open_face, open_image
-from unif2ace.pipeline import CAPTION_REQUEST, ENGINES, UniF2acePipeline
+from unif2ace.pipeline import CAPTION_REQUEST, UniF2acePipeline
 
 DEFAULT_OUT = "faces.png"
 MAX_COLUMNS = 8
@@ -83,7 +83,7 @@ def generate(options: argparse.Namespace) -> int:
             "steps": settings.steps,
             "guidance_scale": settings.guidance_scale,
             "temperature": settings.temperature,
-            "engine": ENGINES[0],
+            "engine": "fast",
             "faces": len(faces),
             "seconds": round(seconds, 4),
             "faces_per_second": round(len(faces) / seconds, 3),

@@ -26,16 +26,14 @@ from torch import Tensor
 
 from unif2ace import inputs
 from unif2ace.bundle import Parts, load_parts, resolve_folder, save_parts
-from unif2ace.codec.pixels import to_float, to_uint8
+from unif2ace.codec.pixels import to_float
 from unif2ace.errors import UserError
 from unif2ace.generation.answer_text import AnswerText, has_stop
 from unif2ace.generation.decoding import stream_answers
-from unif2ace.generation.engine import GenerationEngine, Request
-from unif2ace.generation.plain import generate_codes
+from unif2ace.generation.draw import ENGINES
 from unif2ace.generation.settings import MAX_TEMPERATURE, GenerationConfig, check_count, check_number, to_signed
 from unif2ace.ops import BACKENDS, _registry, use_backend
 
-ENGINES = ("fast", "plain")
 OPS = (
     "linear",
     "rotary",
@@ -179,93 +177,20 @@ class UniF2acePipeline:
         check_count("batch_size", batch_size)
         encoded = inputs.encode_texts("prompt", texts, self.tokenizer, settings.max_prompt_tokens, question=False)
         keep, known_pixels, known = self._known(known_image, known_mask)
-        draw = self._draw_plain if engine == "plain" else self._draw
         with self._on_backend():
-            pixels = draw(encoded, num_images_per_prompt, seeds, settings, known, batch_size, on_step)
+            pixels = ENGINES[engine](
+                self.model,
+                self.codec,
+                encoded,
+                seeds,
+                settings,
+                known=known,
+                batch_size=batch_size,
+                on_step=on_step,
+            )
         if keep is not None:
             pixels = torch.where(keep[..., None], known_pixels, pixels)
         return [Image.fromarray(face.numpy()) for face in pixels]
-
-    def _draw(
-        self,
-        prompts: list[list[int]],
-        per_prompt: int,
-        seeds: list[int],
-        settings: GenerationConfig,
-        known: tuple[Tensor, Tensor] | None,
-        batch_size: int,
-        on_step: Callable[[int, int], None] | None,
-    ) -> Tensor:
-        """uint8 [images, S, S, 3] on the CPU, by the engine."""
-        done, total = 0, -(-len(seeds) // batch_size) * settings.steps
-
-        def report() -> None:
-            nonlocal done
-            done += 1
-            on_step(done, total)
-
-        engine = GenerationEngine(
-            self.model,
-            self.codec,
-            min(batch_size, len(seeds)),
-            max_prompt_tokens=max(1, *map(len, prompts)),
-            on_step=None if on_step is None else report,
-        )
-        requests = [
-            Request(
-                prompt,
-                seeds[index * per_prompt : (index + 1) * per_prompt],
-                settings.steps,
-                settings.guidance_scale,
-                settings.temperature,
-                settings.remask_tau,
-                *(known or ()),
-                key=index * per_prompt,
-            )
-            for index, prompt in enumerate(prompts)
-        ]
-        faces = torch.empty(len(seeds), self.image_size, self.image_size, 3, dtype=torch.uint8)
-        for face in engine.stream(requests):
-            if face.error is not None:
-                raise UserError(face.error)
-            faces[face.request.key + face.index] = face.pixels
-        return faces
-
-    def _draw_plain(
-        self,
-        prompts: list[list[int]],
-        per_prompt: int,
-        seeds: list[int],
-        settings: GenerationConfig,
-        known: tuple[Tensor, Tensor] | None,
-        batch_size: int,
-        on_step: Callable[[int, int], None] | None,
-    ) -> Tensor:
-        """The same by the plain loop, batch after batch."""
-        prompts = [ids for ids in prompts for _ in range(per_prompt)]
-        batches = -(-len(seeds) // batch_size)
-        faces = []
-        for index in range(batches):
-            part = slice(index * batch_size, (index + 1) * batch_size)
-
-            def report(done: int, total: int, before: int = index) -> None:
-                on_step(before * total + done, batches * total)
-
-            number = len(seeds[part])
-            codes = generate_codes(
-                self.model,
-                prompts[part],
-                seeds[part],
-                steps=settings.steps,
-                guidance=settings.guidance_scale,
-                temperature=settings.temperature,
-                tau=settings.remask_tau,
-                known_codes=None if known is None else known[0].expand(number, -1),
-                known=None if known is None else known[1].expand(number, -1),
-                on_step=None if on_step is None else report,
-            )
-            faces.append(to_uint8(self.codec.decode(codes)).cpu())
-        return torch.cat(faces)
 
     def _known(
         self, image: Image.Image | None, mask: Image.Image | Tensor | None

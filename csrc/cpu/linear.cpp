@@ -1,6 +1,10 @@
-// Native CPU form of the op `linear`: dense y = x w^T + b by the product of gemm.h, and its gradients.
+// Native CPU form of the op `linear`: dense y = x w^T + b by the product of gemm.h, its gradients, and gelu(y).
 //
-// Semantics: unif2ace/ops/linear.py. Nothing is ours here but the choice of the library.
+// Semantics: unif2ace/ops/linear.py. Nothing is ours here but the choice of the library, and the activation.
+#include <algorithm>
+#include <vector>
+
+#include "cpu/experts_rows.h"
 #include "cpu/gemm.h"
 #include "cpu/tensors.h"
 
@@ -29,6 +33,33 @@ Tensor linear_forward(const Tensor& x, const Tensor& weight, std::optional<Tenso
   return linear(dense(x), dense(weight), bias_pointer);
 }
 
+// Numbers per task: a few microseconds of work.
+constexpr int64_t kTaskNumbers = 1 << 13;
+
+// gelu_tanh in place. torch's own computes the last numbers of each thread's share by another formula than the rest,
+// so that its bits follow the number of rows and of threads.
+void gelu_in_place(Tensor& y) {
+  using namespace experts;
+  const ScalarType dtype = y.scalar_type();
+  const int64_t columns = y.size(1), grain = std::max<int64_t>(1, kTaskNumbers / std::max<int64_t>(columns, 1));
+  char* const data = mutable_pointer<char>(y);
+  torch::stable::parallel_for(0, y.size(0), grain, [&](int64_t begin, int64_t end) {
+    char* const first = data + begin * columns * size_of(dtype);
+    const int64_t n = (end - begin) * columns;
+    if (dtype != ScalarType::Half) return activate(Activation::gelu_tanh, dtype, first, 1, n, first);
+    std::vector<float> wide(n);
+    to_float(dtype, first, n, wide.data());
+    activate(Activation::gelu_tanh, ScalarType::Float, wide.data(), 1, n, wide.data());
+    from_float(dtype, wide.data(), n, first);
+  });
+}
+
+Tensor linear_gelu(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias) {
+  Tensor y = linear_forward(x, weight, bias);
+  gelu_in_place(y);
+  return y;
+}
+
 Tensor transposed(const Tensor& x) {
   return torch::stable::transpose(x, 0, 1);
 }
@@ -51,5 +82,6 @@ std::tuple<Tensor, Tensor> linear_backward(const Tensor& grad, const Tensor& x, 
 
 STABLE_TORCH_LIBRARY_IMPL(unif2ace_native, CPU, m) {
   m.impl("linear", TORCH_BOX(&unif2ace::linear_forward));
+  m.impl("linear_gelu", TORCH_BOX(&unif2ace::linear_gelu));
   m.impl("linear_backward", TORCH_BOX(&unif2ace::linear_backward));
 }

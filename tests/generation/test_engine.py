@@ -97,6 +97,9 @@ def test_variations_are_what_their_seeds_give(parts):
 BAD = [
     ({"prompt": [10**6]}, "prompt: expected text ids"),
     ({"prompt": [1] * 200}, "prompt: expected at most 128 tokens, got 200"),
+    ({"prompt": "a face"}, "prompt: expected a sequence of integers, got str"),
+    ({"prompt": ["a"]}, "prompt: expected text ids"),
+    ({"seeds": 7}, "seeds: expected a sequence of integers, got int"),
     ({"seeds": [-1]}, "seed: expected integers from 0 to 2^64 - 1, got -1"),
     ({"seeds": [0.5]}, "seed: expected integers"),
     ({"steps": 0}, "steps: expected an integer"),
@@ -112,7 +115,7 @@ BAD = [
 def test_bad_requests_fail_with_their_reason_and_the_others_finish(parts):
     good = requests()[:3]
     bad = [Request(**{"prompt": [5], "key": 100 + i, **change}) for i, (change, _) in enumerate(BAD)]
-    mixed = [request for pair in zip(bad, good * 4, strict=False) for request in pair]
+    mixed = [request for pair in zip(bad, good * 5, strict=False) for request in pair]
     faces = list(GenerationEngine(parts.model, parts.codec, 3).stream(mixed))
     reasons = {face.request.key: face.error for face in faces if face.error is not None}
     assert sorted(reasons) == [100 + i for i in range(len(BAD))]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,8 @@ import torch.nn.functional as F
 from tests.oracle import DTYPES, assert_matches_reference, available_backends, noncontiguous, registered
 from unif2ace.errors import UserError
 from unif2ace.model.linear import Linear
-from unif2ace.ops import _registry, linear, use_backend
+from unif2ace.ops import _registry, linear, linear_gelu, use_backend
+from unif2ace.ops.linear import INVARIANT_ROWS
 
 BACKENDS = available_backends("linear")
 SIZES = {"no-row": (0, 5, 3), "one": (1, 1, 1), "few": (7, 29, 37), "edge": (16, 32, 48), "many": (61, 64, 33)}
@@ -33,9 +36,25 @@ def test_values_and_gradients(backend: str, size: tuple[int, int, int], bias: bo
     assert_matches_reference(run, problem(*size, bias), dtype, backend)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES.keys())
+@each_backend
+def test_gelu_of_the_product(backend: str, size: tuple[int, int, int], dtype: torch.dtype):
+    """With gradients, and without: by native that is another path."""
+
+    def run(backend: str, **tensors: torch.Tensor) -> tuple[torch.Tensor]:
+        with torch.no_grad():
+            plain = linear_gelu(**tensors, backend=backend)
+        return plain.requires_grad_(True), linear_gelu(**tensors, backend=backend)
+
+    assert_matches_reference(run, problem(*size), dtype, backend)
+
+
 @each_backend
 def test_leading_dimensions_and_strides(backend: str):
     x, weight, bias = problem(24, 10, 6).values()
+    gelu = linear_gelu(x.view(2, 3, 4, 10), weight, bias, backend=backend)
+    torch.testing.assert_close(gelu.view(24, 6), F.gelu(F.linear(x, weight, bias), approximate="tanh"))
     expected = F.linear(x, weight, bias)
     torch.testing.assert_close(linear(x.view(2, 3, 4, 10), weight, bias, backend=backend), expected.view(2, 3, 4, 6))
     torch.testing.assert_close(linear(x[0], weight, bias, backend=backend), expected[0])
@@ -43,13 +62,23 @@ def test_leading_dimensions_and_strides(backend: str):
     torch.testing.assert_close(strided, expected)
 
 
-@each_backend
-def test_rows_do_not_depend_on_their_number(backend: str):
-    """From 16 rows on one library does all the work, row by row in one order."""
-    x, weight, bias = problem(300, 96, 64).values()
-    whole = linear(x, weight, bias, backend=backend)
-    for rows in (16, 17, 31, 64, 100, 255):
-        assert torch.equal(linear(x[:rows], weight, bias, backend=backend), whole[:rows]), rows
+@pytest.mark.parametrize("product", [linear, linear_gelu])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("threads", [1, 3, 8])
+def test_rows_do_not_depend_on_their_number(product: Callable, dtype: torch.dtype, threads: int):
+    """From `INVARIANT_ROWS` rows on one library does all the work, row by row in one order, wherever the row stands."""
+    if "native" not in BACKENDS:
+        pytest.skip("a promise of the back end native")
+    x, weight, bias = (tensor.to(dtype) for tensor in problem(300, 96, 73).values())
+    whole, before = product(x, weight, bias, backend="native"), torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        for rows in (INVARIANT_ROWS, 17, 31, 64, 100, 255):
+            for first in (0, 1, 300 - rows):
+                part = product(x[first : first + rows], weight, bias, backend="native")
+                assert torch.equal(part, whole[first : first + rows]), (rows, first)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_the_reference_is_no_fallback_on_a_gpu(monkeypatch: pytest.MonkeyPatch):
@@ -76,6 +105,7 @@ def test_opcheck(backend: str):
     x, weight, bias = problem(7, 5, 3).values()
     torch.library.opcheck(_registry.registered(backend, "linear"), (x, weight, bias))
     torch.library.opcheck(_registry.registered(backend, "linear"), (x, weight, None))
+    torch.library.opcheck(_registry.registered(backend, "linear_gelu"), (x, weight, bias))
     torch.library.opcheck(_registry.registered(backend, "linear_backward"), (torch.randn(7, 3), x, weight))
 
 

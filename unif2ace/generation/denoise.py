@@ -9,6 +9,9 @@ The codes are those of plain.py; the work is less, by savings that are exact:
     sampling           one pass over the logits of a chunk of rows, while they are in the cache           head_sample
     schedule           numbers of unknown tokens follow from the schedule alone, see below
 
+Not among them: the last layer's query and feed-forward of known rows. Nobody reads those rows, but the sequence-level
+router of the last layer pools over all rows of an image.
+
 **Static shapes.** How many tokens are unknown at a step is known before the first one (schedule.py), so every index
 that does not depend on drawn tokens is computed on the host, in `plan_step`; `run_step` launches kernels of known
 shapes and never reads a number back. Which tokens are unknown is kept on the device: `Slots.unknown` lists their

@@ -177,11 +177,14 @@ class GenerationEngine:
             remask_tau=request.tau,
         )
         text_ids = self.model.vocabulary.n_text
+        for name, value in (("prompt", request.prompt), ("seeds", request.seeds)):
+            if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
+                raise UserError(f"{name}: expected a sequence of integers, got {type(value).__name__}")
         if len(request.prompt) > self.max_prompt_tokens:
             raise UserError(f"prompt: expected at most {self.max_prompt_tokens} tokens, got {len(request.prompt)}")
         for token in request.prompt:
-            if not 0 <= token < text_ids:
-                raise UserError(f"prompt: expected text ids in 0..{text_ids - 1}, got {token}")
+            if not isinstance(token, int) or not 0 <= token < text_ids:
+                raise UserError(f"prompt: expected text ids in 0..{text_ids - 1}, got {token!r}")
         for seed in request.seeds:
             if not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
                 raise UserError(f"seed: expected integers from 0 to 2^64 - 1, got {seed!r}")
@@ -248,7 +251,7 @@ class GenerationEngine:
         picked: list[_Job] = []  # one entry per image
         for job in self._queue:
             picked += [job] * min(len(self._free) - len(picked), job.waiting)
-        self._prepare({id(job): job for job in picked}.values())
+        self._prepare(list({id(job): job for job in picked}.values()))
         for job in picked:
             if not job.waiting:  # its prompt failed
                 continue
@@ -268,7 +271,7 @@ class GenerationEngine:
         while len(self._prefixes) > 2 * self.max_batch:  # as many as images in slots can need
             self._prefixes.popitem(last=False)
 
-    def _prepare(self, jobs: Iterable[_Job]) -> None:
+    def _prepare(self, jobs: Sequence[_Job]) -> None:
         """Compute the prefixes of these jobs that are not at hand, and drop the jobs for which that fails."""
         missing: dict[_Key, Tensor] = {}
         for job in jobs:
@@ -289,7 +292,7 @@ class GenerationEngine:
                 self._prefixes.update(self._run_prefixes({key: codes}))
             except FAILURES as error:
                 reasons[key] = error
-        for job in list(jobs):
+        for job in jobs:
             for key in (job.cond_key, job.uncond_key):
                 if key in reasons and job.waiting:
                     self._drop(job, reasons[key])

@@ -40,19 +40,15 @@ def generate_codes(
 ) -> Tensor:
     """Codes [B, N] int64 for one image per prompt (token ids) and seed.
 
-    Args:
-        guidance: classifier-free guidance w >= 0, z = (1 + w) z_cond - w z_uncond; 0 runs the conditional half only.
-        temperature: of the token choice; 0 is greedy. tau: initial scale of the re-masking noise.
-        known_codes [B, N], known [B, N] bool: codes to keep (in-painting); they are never touched.
-        on_step(done, total): called after each step.
+    guidance w >= 0, z = (1 + w) z_cond - w z_uncond; 0 runs the conditional half only. temperature: of the token
+    choice, 0 is greedy. tau: initial scale of the re-masking noise. known_codes, known (bool), both [B, N]: codes to
+    keep, which are never touched. on_step(done, total) is called after each step.
     """
     vocabulary, device = model.vocabulary, model.head.weight.device
     batch, size = len(prompts), model.config.num_image_tokens
     codes = codes_to_draw((batch, size), vocabulary.mask_code, known_codes, known).to(device)
-    plans = [
-        schedule_steps(unknown, steps, tau=tau, num_tokens=size, schedule=schedule)
-        for unknown in (codes == vocabulary.mask_code).sum(1).tolist()
-    ]
+    counts = (codes == vocabulary.mask_code).sum(1).tolist()
+    plans = [schedule_steps(n, steps, tau=tau, num_tokens=size, schedule=schedule) for n in counts]
     texts = [list(prompts), [[]] * batch] if guidance > 0 else [list(prompts)]
     halves = [pack_generation(vocabulary, text, codes) for text in texts]
     seed = torch.tensor([to_signed(value) for value in seeds], device=device)
@@ -65,15 +61,9 @@ def generate_codes(
             hidden = model(half.with_codes(vocabulary, codes), mask_ratio=ratio).hidden
             scores = linear(hidden, model.head.weight, model.head.bias)
             logits.append(scores[half.layout.code_rows, vocabulary.code_columns])
-        sampled, confidence = sample_tokens(
-            logits[0],
-            seed.repeat_interleave(size),
-            position,
-            torch.full_like(position, k),
-            temperature=temperature,
-            uncond_logits=logits[1] if guidance > 0 else None,
-            guidance=guidance,
-        )
+        uncond = {"uncond_logits": logits[1], "guidance": guidance} if guidance > 0 else {}
+        noise = (seed.repeat_interleave(size), position, torch.full_like(position, k))
+        sampled, confidence = sample_tokens(logits[0], *noise, temperature=temperature, **uncond)
         unknown = codes == vocabulary.mask_code
         stays = remask(
             torch.where(unknown.flatten(), confidence, math.inf),  # what is known is certain

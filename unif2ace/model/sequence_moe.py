@@ -47,7 +47,7 @@ class MaskRatioEmbedding(nn.Module):
         frequency = 10000.0 ** (-torch.arange(half, device=mask_ratio.device, dtype=torch.float32) / half)
         angle = 1000.0 * mask_ratio.float()[:, None] * frequency
         wave = torch.cat([angle.sin(), angle.cos()], dim=1).to(self.up.weight.dtype)
-        return self.down(functional.gelu(self.up(wave), approximate="tanh"))[:, None]
+        return self.down(self.up.gelu(wave))[:, None]
 
 
 class Resampler(nn.Module):

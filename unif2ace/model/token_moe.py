@@ -21,7 +21,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from unif2ace.config import TASKS, TokenMoEConfig
 from unif2ace.errors import UserError
@@ -40,7 +39,7 @@ class FeedForward(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         """[T, H] -> [T, H]."""
-        return self.down(functional.gelu(self.up(h), approximate="tanh"))
+        return self.down(self.up.gelu(h))
 
 
 def router_logits(h: Tensor, weight: Tensor) -> Tensor:

@@ -9,7 +9,7 @@
 from unif2ace.ops._registry import BACKENDS, default_backend, use_backend
 from unif2ace.ops.diffusion_loss import d3diff_loss, linear_loss
 from unif2ace.ops.experts import expert_mlp, grouped_gemm
-from unif2ace.ops.linear import linear
+from unif2ace.ops.linear import linear, linear_gelu
 from unif2ace.ops.omni_attention import omni_attention
 from unif2ace.ops.rotary import rotate_heads
 from unif2ace.ops.routing import RoutingPlan, route
@@ -25,6 +25,7 @@ __all__ = [
     "grouped_gemm",
     "head_sample",
     "linear",
+    "linear_gelu",
     "linear_loss",
     "mix_sequences",
     "omni_attention",

@@ -29,6 +29,13 @@ def expect(op: str, name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.d
         raise UserError(f"{op}: {name} must be {list(shape)} {kind}, got {describe(x)}")
 
 
+def one_device(op: str, x: Tensor, **others: Tensor | None) -> None:
+    """Refuse arguments that are not where `x` is: a CUDA kernel would read them through a pointer into other memory."""
+    for name, other in others.items():
+        if other is not None and other.device != x.device:
+            raise UserError(f"{op}: all tensors must be on {x.device}, but {name} is on {other.device}")
+
+
 def as_int32(op: str, name: str, x: Tensor) -> Tensor:
     """`x` as int32; what int32 cannot hold would come out as another number, so on a CPU it is refused."""
     narrow = x.to(torch.int32)

@@ -1,4 +1,4 @@
-"""Dense `y = x W^T + b`: the product of attention projections, shared experts and heads.
+"""Dense `y = x W^T + b`, and `gelu(y)`: the product of attention projections, shared experts and heads.
 
 No kernel of ours can beat a library here; the op exists because the library matters. The reference is
 `torch.nn.functional.linear`. On CPUs that sends float32 products to MKL, which on AMD processors runs at half the rate
@@ -46,9 +46,31 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
 
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str | None = None) -> Tensor:
+    """gelu_tanh(x W^T + b), arguments and errors as those of `linear`; differentiable.
+
+    By `native` without gradients the activation is taken in the memory of the product, where it neither costs another
+    tensor nor depends on the number of rows; with gradients it is PyTorch's.
+    """
+    automatic = (backend or _registry.default_backend()) == "auto"
+    if _registry.needs_grad(x, weight, bias) or (automatic and torch.is_autocast_enabled(x.device.type)):
+        return F.gelu(linear(x, weight, bias, backend=backend), approximate="tanh")
+    _check_linear(x, weight, bias)
+    name = _registry.choose("linear", backend, x.device, x.dtype)
+    if name == "reference" and not torch.compiler.is_compiling():
+        return reference_linear_gelu(x, weight, bias)
+    y = _registry.registered(name, "linear_gelu")(x.reshape(-1, x.shape[-1]), weight, bias)
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
 def reference_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The definition, differentiable."""
     return F.linear(x, weight, bias)
+
+
+def reference_linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The definition, differentiable."""
+    return F.gelu(F.linear(x, weight, bias), approximate="tanh")
 
 
 def _linear_backward_reference(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,6 +83,13 @@ _registry.define(
     "(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     lambda x, weight, bias: x.new_empty(x.shape[0], weight.shape[0]),
     reference_linear,
+)
+_registry.define(
+    "linear",
+    "linear_gelu",
+    "(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    lambda x, weight, bias: x.new_empty(x.shape[0], weight.shape[0]),
+    reference_linear_gelu,
 )
 _registry.define(
     "linear",

@@ -38,7 +38,7 @@ from torch.nn import functional as F
 
 from unif2ace.errors import UserError
 from unif2ace.ops import _registry
-from unif2ace.ops._checks import as_int32, describe, is_integer
+from unif2ace.ops._checks import as_int32, describe, is_integer, one_device
 
 SCORINGS = ("softmax", "sigmoid")
 INT32_MAX = 2**31 - 1
@@ -97,6 +97,7 @@ def route(
     Cost: T * E logits read once, about 16 * T * K + 4 * T bytes written; 20 FLOPs or so per logit.
     """
     bounds = _check_route(logits, top_k, token_group, group_bounds, scoring, selection_bias)
+    one_device("route", logits, token_group=token_group, selection_bias=selection_bias)
     if token_group is not None:
         token_group = as_int32("route", "token_group", token_group)
     if selection_bias is not None:

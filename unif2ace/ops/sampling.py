@@ -33,7 +33,7 @@ from torch import Tensor
 
 from unif2ace.errors import UserError
 from unif2ace.ops import _noise, _registry
-from unif2ace.ops._checks import describe, dtype_name
+from unif2ace.ops._checks import describe, dtype_name, one_device
 
 # Elements per chunk of rows: the working set of about ten int64/float32 temporaries stays inside a 2 MiB L2 cache.
 CHUNK_ELEMENTS = 1 << 16
@@ -257,6 +257,7 @@ def sample_tokens(
     """
     _check_sampling("sample_tokens", "logits", logits, uncond_logits, temperature, guidance)
     _check_rows("sample_tokens", logits.shape[0], seeds=seeds, positions=positions, steps=steps)
+    one_device("sample_tokens", logits, uncond_logits=uncond_logits, seeds=seeds, positions=positions, steps=steps)
     run = _implementation("sample_tokens", reference_sample_tokens, backend, logits)
     codes, confidence = run(logits, seeds, positions, steps, float(temperature), uncond_logits, float(guidance), stream)
     _refuse_nan_rows("sample_tokens", "logits", confidence)
@@ -299,6 +300,8 @@ def head_sample(
         expected = f"[{weight.shape[0]}] {dtype_name(weight.dtype)}"
         raise UserError(f"head_sample: bias must be {expected}, got {describe(bias)}")
     _check_rows("head_sample", hidden.shape[0], seeds=seeds, positions=positions, steps=steps)
+    others = {"weight": weight, "bias": bias, "uncond_hidden": uncond_hidden}
+    one_device("head_sample", hidden, **others, seeds=seeds, positions=positions, steps=steps)
     run = _implementation("head_sample", reference_head_sample, backend, hidden)
     codes, confidence = run(
         hidden, weight, bias, seeds, positions, steps, float(temperature), uncond_hidden, float(guidance), stream
@@ -344,6 +347,8 @@ def remask(
     _check_rows("remask", rows, positions=positions)
     if tau.shape != (images,) or not tau.is_floating_point():
         raise UserError(f"remask: tau must be [{images}] floating point, got {describe(tau)}")
+    images_of = {"row_offsets": row_offsets, "keep_unknown": keep_unknown, "tau": tau}
+    one_device("remask", log_confidence, **images_of, seeds=seeds, positions=positions, steps=steps)
     if _can_read_values(log_confidence):
         _check_remask_values(log_confidence, row_offsets, keep_unknown, tau)
     run = _implementation("remask", reference_remask, backend, log_confidence)
