@@ -50,9 +50,7 @@ class Output:
             return cls(out, parts, parts, fields)
         if out.suffix or out.is_file():
             raise UserError(f"--out: expected a folder or a file ending in .parquet, got {out}")
-        output = cls(out / "manifest.jsonl", out / "parts", out, fields)
-        output.refuse_foreign()
-        return output
+        return cls(out / "manifest.jsonl", out / "parts", out, fields)
 
     @classmethod
     def of_answers(cls, out: Path, fields: tuple[tuple[str, pa.DataType], ...]) -> Output:
