@@ -3,8 +3,9 @@
 `unif2ace bench experts --tune [--shapes train,decode-64]` calls `main`. For each shape it takes the two products of
 `expert_mlp`, times every candidate of `kernels/experts_config.py` against the rules' own in one interleaved run, and
 keeps the fastest in `kernels/tuning/experts-sm_<chip>.json`, where launchers look first. Entries of other shapes stay.
-A candidate that asks for more than the chip has, or whose result differs, is left out. About a minute per shape, most
-of it for compiling.
+A candidate that asks for more than the chip has, or whose result differs in a bit (a token's must not change with the
+batch around it, which decides what configuration it meets), is left out. About a minute per shape, most of it for
+compiling.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def fastest(
     for number, config in enumerate(configs):
         call.out.fill_(torch.nan)
         try:
-            torch.testing.assert_close(call(config), expected)
+            torch.testing.assert_close(call(config), expected, rtol=0, atol=0)
         except (OutOfResources, AssertionError) as error:
             print(f"  left out {tuple(config)}: {str(error).strip().splitlines()[0]}", flush=True)
         else:

@@ -24,7 +24,7 @@ if "triton" not in BACKENDS:
 
 from benchmarks import timing, tune_experts
 from unif2ace.kernels import experts, experts_config, experts_products
-from unif2ace.kernels._device import INTERPRETED, compiling_for
+from unif2ace.kernels._device import INTERPRETED, compiling_for, multiprocessors
 from unif2ace.kernels.experts_config import Config, Key, Product
 
 # Small blocks, so that few rows are several of them; with the arguments that each path is tried on.
@@ -116,6 +116,25 @@ def test_a_row_does_not_depend_on_its_place():
     for low, high in ((0, 1), (17, 100), (149, 200)):
         offsets = torch.tensor([low, max(low, min(high, 150)), high]) - low
         assert torch.equal(grouped_gemm(a[low:high], b, offsets, backend="triton"), whole[low:high])
+
+
+@pytest.mark.gpu  # the interpreter has one configuration for every load
+@pytest.mark.parametrize("gather", [True, False], ids=["gather", "rows"])
+@pytest.mark.parametrize("parts", [1, 2], ids=["plain", "gated"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_every_load_gives_a_row_the_same_bits(dtype: torch.dtype, parts: int, gather: bool):
+    """The configurations that a token meets as the batch grows: either operand on the left, every height and width."""
+    a, b = torch.randn(400, 200).to(dtype), torch.randn(3, parts * 136, 200).to(dtype)
+    offsets, index = torch.tensor([0, 300, 300, 390], dtype=torch.int32), torch.randperm(400).int() if gather else None
+    activation, found = "swiglu" if parts == 2 else "gelu_tanh", {}
+    for rows in (1, 9, 33, 64, 256, 8192):  # per expert
+        product = Product(dtype, 3 * rows, 3, 136, 200, parts, gather)
+        config = experts_config.rules(product, experts_config.chip_of(a.device), multiprocessors(a.device))
+        out = found[config] = a.new_full((400, 136), torch.nan)
+        experts.grouped_product(a, b, None, offsets, index, out, activation=activation, rest=True, config=config)
+    first, *others = found.values()
+    assert others or dtype == torch.float32
+    assert all(torch.equal(other, first) for other in others)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="takes memory by address only, which GPUs do not")
