@@ -6,8 +6,9 @@
 | file.parquet | one table; pictures in the column `image`, a struct(bytes, path) | `file.parquet.parts/` |
 | file.jsonl (answers) | one object per line | `file.jsonl.parts/` |
 
-The result does not depend on how the work was divided or interrupted: the same bytes from one process, from several,
-and after a crash. A Parquet file is written from the pictures in its record folder, which are removed once they are in
+The result does not depend on how the work was divided or interrupted: pictures on CPUs with the native back end give the
+same bytes from one process, from several, and after a crash. Elsewhere, and for answers, a batch may round the last bit
+of a logit otherwise, and rarely that changes a token (`generation/engine.py`). A Parquet file is written from the pictures in its record folder, which are removed once they are in
 it and nothing has failed; the rest of the record stays, so that the command, given again, knows that all is done.
 """
 
