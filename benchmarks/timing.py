@@ -101,17 +101,33 @@ class CudaClock:
         side = self.cuda.Stream()
         side.wait_stream(self.cuda.current_stream())
         with self.cuda.stream(side):  # a capture needs its warm-up on a stream of its own
-            for _ in range(GRAPH_WARMUP):
+            for _ in range(GRAPH_WARMUP - 1):
                 call()
+            waits = self._waits(call)
         self.cuda.current_stream().wait_stream(side)
+        if waits:
+            return call, "events"
         graph = self.cuda.CUDAGraph()
         try:
             with self.cuda.graph(graph):
                 call()
-        except RuntimeError:  # it synchronises with the host, or its shapes depend on data
+        except RuntimeError:  # for whatever else a graph does not take
             self.cuda.synchronize()
             return call, "events"
         return graph.replay, "graph replay"
+
+    def _waits(self, call: Call) -> bool:
+        """Does the call wait for the device? Asked before the capture, since one that fails would leave PyTorch's
+        generator and current stream as they are during a capture, for all that comes after it.
+        """
+        self.cuda.set_sync_debug_mode("error")
+        try:
+            call()
+        except RuntimeError:
+            return True
+        finally:
+            self.cuda.set_sync_debug_mode("default")
+        return False
 
     def seconds(self, call: Call, repeats: int) -> float:
         events = [[self.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]

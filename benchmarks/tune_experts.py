@@ -91,7 +91,7 @@ def merge(path: Path, entries: Iterable[dict[str, object]], facts: dict[str, obj
     }
     path.parent.mkdir(exist_ok=True)
     write_text(path, json.dumps({"entries": list(both.values())}, indent=1))
-    experts_config.table.cache_clear()
+    experts_config.forget_tables()
 
 
 def main(names: Sequence[str]) -> Path:

@@ -109,12 +109,13 @@ def grouped_product(
     tma_a = index is None and experts_config.takes_tma(a)
     # Gate and up as matrices of equal distance: [E * parts, width, depth].
     tma_b = experts_config.takes_tma(b) and (parts == 1 or b.stride(0) == 2 * width * b.stride(1))
-    matrices = halves = b
+    matrices, halves = b, b if config.split else None
     if tma_b:
         shape = [num_experts * parts, width, depth]
         strides = [b.stride(0) // parts, b.stride(1), 1]
         matrices = TensorDescriptor(b, shape, strides, [parts, config.block_n, config.block_k])
-        halves = TensorDescriptor(b, shape, strides, [parts, config.block_n // 2, config.block_k])
+        if config.split:  # a descriptor that nobody reads would still be encoded at every launch
+            halves = TensorDescriptor(b, shape, strides, [parts, config.block_n // 2, config.block_k])
     grouped_product_kernel[(min(blocks, config.programs * multiprocessors(a.device)),)](
         TensorDescriptor(a, [*a.shape], [*a.stride()], [config.block_m, config.block_k]) if tma_a else a,
         matrices,

@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -99,13 +99,18 @@ L2_BYTES = 48
 
 def choose(product: Product, device: torch.device) -> Config:
     """The table's configuration, or else that of the rules."""
-    chip = chip_of(device)
-    return table(path_of_table(chip)).get(product.key) or rules(product, chip, multiprocessors(device))
+    return _choose(product, chip_of(device), multiprocessors(device))
+
+
+@lru_cache(maxsize=4096)  # in decoding the choice would take the host as long as a launch
+def _choose(product: Product, chip: int, multiprocessors: int) -> Config:
+    return table(path_of_table(chip)).get(product.key) or rules(product, chip, multiprocessors)
 
 
 def chip_of(device: torch.device) -> int:
-    """The chip whose rules and table hold: a key of `BLOCKS`, the newest that is not newer than the device."""
-    return max((chip for chip in BLOCKS if chip <= capability(device)), default=min(BLOCKS))
+    """The chip whose rules and table hold, a key of `BLOCKS`: Hopper's for data-centre Blackwell (10.x) too, A100's for
+    all others, also for 12.x, which has 99 KiB of shared memory and no wgmma."""
+    return 90 if 90 <= capability(device) < 120 else 80
 
 
 def rules(product: Product, chip: int, multiprocessors: int) -> Config:
@@ -173,8 +178,8 @@ ROW_BLOCKS = {
 
 def row_gradients(products: Sequence[Product], device: torch.device) -> list[Config]:
     """For products of the backward that give a row for each row: configurations of equal `block_m`."""
-    if INTERPRETED:
-        return [Config(64, 64, 64, warps=4, stages=1)] * len(products)
+    if INTERPRETED:  # a tile's column sums add row after row there, not as a tree: more rows round more than PyTorch does
+        return [Config(32, 64, 64, warps=4, stages=1)] * len(products)
     if products[0].dtype == torch.float32:
         return [Config(64, 64, 16, warps=4, stages=2, programs=2)] * len(products)
     chip = chip_of(device)
@@ -204,7 +209,7 @@ def takes_tma(x: Tensor) -> bool:
     """Can the copy engine read `x`, and does it pay (where the tensor cores read shared memory, which is Hopper's)?"""
     steps = [x.data_ptr(), *(stride * x.element_size() for stride in x.stride()[:-1])]
     able = x.stride(-1) == 1 and all(step % 16 == 0 for step in steps) and min(*x.shape, *x.stride()) > 0
-    return able and x.element_size() == 2 and capability(x.device) >= 90
+    return able and x.element_size() == 2 and chip_of(x.device) >= 90
 
 
 @cache
@@ -213,3 +218,9 @@ def table(path: Path) -> dict[Key, Config]:
     if not path.is_file():
         return {}
     return {Key(**entry["product"]): Config(**entry["config"]) for entry in json.loads(path.read_text())["entries"]}
+
+
+def forget_tables() -> None:
+    """Read them again; for who wrote one."""
+    table.cache_clear()
+    _choose.cache_clear()

@@ -44,7 +44,7 @@ from unif2ace.kernels.experts_schedule import block_at, tile_count, tile_ends
 def grouped_product_kernel(
     a,  # [.., depth]; TMA_A: its descriptor
     b,  # [E, PARTS * width, depth]; TMA_B: the descriptor of [E * PARTS, width, depth]
-    b_half,  # SPLIT and TMA_B: the same with boxes of half the width; else b
+    b_half,  # SPLIT: b, as a descriptor with boxes of half the width; else None
     bias_ptr,  # [E, PARTS * width] or None
     out_ptr,  # [rows, width]
     pre_ptr,  # [rows, PARTS * width], what the activation is applied to, or None

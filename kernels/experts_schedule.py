@@ -40,7 +40,8 @@ def max_tiles(rows: int, num_experts: int, block_m: int) -> int:
 def tile_ends(offsets_ptr, rows, num_experts, EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr, REST: tl.constexpr = False):
     """`ends` [EXPERTS] int32; its last element is the number of row tiles (`tile_count`).
 
-    Offsets outside 0 .. rows are clamped: a spoilt plan gives wrong numbers but no access outside.
+    Offsets outside 0 .. rows are clamped, and their tiles counted up to `max_tiles`, for which there is memory where
+    something is stored by tile: a spoilt plan gives wrong numbers but no store outside.
     """
     expert = tl.arange(0, EXPERTS)
     start = tl.load(offsets_ptr + expert, mask=expert <= num_experts, other=rows)
@@ -48,7 +49,8 @@ def tile_ends(offsets_ptr, rows, num_experts, EXPERTS: tl.constexpr, BLOCK_M: tl
     size = _clamp(end, rows) - _clamp(start, rows)
     mine = expert <= num_experts if REST else expert < num_experts
     tiles = tl.where(mine & (size > 0), (size + BLOCK_M - 1) // BLOCK_M, 0)
-    return tl.cumsum(tiles, 0)
+    most = (rows + tl.minimum(num_experts + 1, rows) * (BLOCK_M - 1)) // BLOCK_M
+    return tl.minimum(tl.cumsum(tiles, 0), most)
 
 
 @triton.jit

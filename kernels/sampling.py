@@ -345,9 +345,9 @@ def _sample(
 
 
 def _is_aligned(scores: Tensor) -> bool:
-    """Will Triton load 16 bytes at a time? It knows of strides and sizes only whether 16 divides them."""
+    """Will Triton load 16 bytes at a time? It knows of addresses, strides and sizes only whether 16 divides them."""
     (rows, columns), (row, column) = scores.shape, scores.stride()
-    return column == 1 and columns % 16 == 0 and (row % 16 == 0 or rows == 1)
+    return scores.data_ptr() % 16 == 0 and column == 1 and columns % 16 == 0 and (row % 16 == 0 or rows == 1)
 
 
 def head_sample(

@@ -3,6 +3,8 @@
 
 #include <cuda_runtime.h>
 
+#include <memory>
+
 #include "common/arguments.h"
 
 // Shared memory whose size the launch gives. (A macro, since the emulator of the tests has its own.)
@@ -13,26 +15,25 @@
 namespace unif2ace {
 
 inline void check_cuda(cudaError_t status, const char* op) {
-  check(status == cudaSuccess, op, ": CUDA says: ", cudaGetErrorString(status));
+  if (status == cudaSuccess) return;
+  cudaGetLastError();  // forgets it: else torch's next launch would report it again, as its own
+  refuse(op, ": CUDA says: ", cudaGetErrorString(status));
 }
 
-// Makes the device of a tensor the current one for a scope, and knows torch's stream there.
+// Makes the device of a tensor the current one for a scope, and knows torch's stream there. By torch's guard: to go
+// back with cudaSetDevice would give a device that nobody uses a context, hundreds of megabytes.
 class DeviceScope {
  public:
   DeviceScope(const char* op, const Tensor& tensor) : op_(op) {
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type_));
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor.get(), &index_));
-    check_cuda(cudaGetDevice(&before_), op);
-    if (before_ != index_) check_cuda(cudaSetDevice(index_), op);
+    CUDAGuardHandle guard = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_create_cuda_guard(index_, &guard));
+    guard_.reset(guard);
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
     stream_ = static_cast<cudaStream_t>(stream);
   }
-  ~DeviceScope() {
-    if (before_ != index_) cudaSetDevice(before_);
-  }
-  DeviceScope(const DeviceScope&) = delete;
-  DeviceScope& operator=(const DeviceScope&) = delete;
 
   cudaStream_t stream() const { return stream_; }
 
@@ -65,9 +66,13 @@ class DeviceScope {
   }
 
  private:
+  struct Restore {
+    void operator()(CUDAGuardHandle guard) const { aoti_torch_delete_cuda_guard(guard); }
+  };
+
   const char* op_;
   int32_t type_ = 0, index_ = 0;
-  int before_ = 0;
+  std::unique_ptr<CUDAGuardOpaque, Restore> guard_;
   cudaStream_t stream_ = nullptr;
 };
 

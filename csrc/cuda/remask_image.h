@@ -9,7 +9,7 @@
 #include "common/gumbel.h"
 #include "common/philox.h"
 
-namespace unif2ace::sampling {
+namespace unif2ace::sampling::gpu {
 
 constexpr uint32_t kConfidenceStream = 1;
 
@@ -68,4 +68,4 @@ __device__ __forceinline__ void mark_smallest(int64_t first, int64_t last, int64
                 (tied(row) && (place(row) < place_limit || (place(row) == place_limit && number(row) <= number_limit)));
 }
 
-}  // namespace unif2ace::sampling
+}  // namespace unif2ace::sampling::gpu

@@ -22,7 +22,7 @@
 #include "cuda/sampling_row.h"
 #include "torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h"
 
-namespace unif2ace::sampling {
+namespace unif2ace::sampling::gpu {
 namespace {
 
 using torch::headeronly::BFloat16;
@@ -307,10 +307,10 @@ Tensor remask(const Tensor& log_confidence, const Tensor& row_offsets, const Ten
 }
 
 }  // namespace
-}  // namespace unif2ace::sampling
+}  // namespace unif2ace::sampling::gpu
 
 STABLE_TORCH_LIBRARY_IMPL(unif2ace_native, CUDA, m) {
-  m.impl("sample_tokens", TORCH_BOX(&unif2ace::sampling::sample_tokens));
-  m.impl("head_sample", TORCH_BOX(&unif2ace::sampling::head_sample));
-  m.impl("remask", TORCH_BOX(&unif2ace::sampling::remask));
+  m.impl("sample_tokens", TORCH_BOX(&unif2ace::sampling::gpu::sample_tokens));
+  m.impl("head_sample", TORCH_BOX(&unif2ace::sampling::gpu::head_sample));
+  m.impl("remask", TORCH_BOX(&unif2ace::sampling::gpu::remask));
 }

@@ -15,7 +15,7 @@
 #include "common/philox.h"
 #include "common/stable.h"
 
-namespace unif2ace::sampling {
+namespace unif2ace::sampling::gpu {
 
 constexpr int kThreads = 128, kWarps = kThreads / 32;
 constexpr int kOwn = 16;  // codes of a thread per step: four Philox counters, which hide each other's latency
@@ -280,4 +280,4 @@ __device__ __forceinline__ uint32_t find_winner(const Halves<Logit, guided>& row
   }
 }
 
-}  // namespace unif2ace::sampling
+}  // namespace unif2ace::sampling::gpu

@@ -80,7 +80,9 @@ class FakeCuda:
     """Streams, events and graphs of a device whose time advances by what is put on it; flushes take 100 ms each."""
 
     def __init__(self, captures):
-        self.captures, self.now, self.graph_calls = captures, 0.0, 0
+        self.captures, self.now, self.graph_calls, self.graphs = captures, 0.0, 0, 0
+        self.mode = "default"
+        self.set_sync_debug_mode = lambda mode: setattr(self, "mode", mode)
         self.stream = lambda stream: nullcontext()
         self.Stream = lambda: SimpleNamespace(wait_stream=lambda other: None)
         self.current_stream = self.Stream
@@ -92,7 +94,13 @@ class FakeCuda:
     def kernel(self):
         self.now += 2.0
 
+    def waiting_kernel(self):
+        if self.mode == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+        self.kernel()
+
     def CUDAGraph(self):
+        self.graphs += 1
         return SimpleNamespace(replay=self.replay)
 
     def replay(self):
@@ -127,6 +135,14 @@ def test_a_gpu_call_that_cannot_be_captured_is_timed_between_events():
     found = timing.interleave({"a": cuda.kernel}, timing.CudaClock(cuda, cuda.flush), budget=0.0)
     assert found["a"] == timing.Timing(pytest.approx([2e-3] * timing.MIN_ROUNDS), "events")
     assert cuda.graph_calls == 0
+
+
+def test_a_gpu_call_that_waits_for_the_device_is_never_captured():
+    """A capture that fails would leave PyTorch's generator as it is during a capture."""
+    cuda = FakeCuda(captures=True)
+    found = timing.interleave({"a": cuda.waiting_kernel}, timing.CudaClock(cuda, cuda.flush), budget=0.0)
+    assert found["a"] == timing.Timing(pytest.approx([2e-3] * timing.MIN_ROUNDS), "events")
+    assert (cuda.graphs, cuda.mode) == (0, "default")
 
 
 @pytest.mark.gpu

@@ -10,6 +10,12 @@
 #include "cuda/device.h"
 
 extern "C" {
+AOTITorchError aoti_torch_create_cuda_guard(int32_t, CUDAGuardHandle* guard) {
+  return *guard = nullptr, 0;
+}
+AOTITorchError aoti_torch_delete_cuda_guard(CUDAGuardHandle) {
+  return 0;
+}
 AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
   return *stream = nullptr, 0;
 }

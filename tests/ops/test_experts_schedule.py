@@ -96,15 +96,20 @@ def test_blocks(plan: str, columns: int, block_m: int, group_m: int, with_rest: 
     assert first_tiles == starts
 
 
-@pytest.mark.parametrize("offsets", [[0, 5, 2, 11], [0, 20, 24, 24], [-4, -1, 4, 6], [2**31 - 1, -(2**31), 0, 6]])
+SPOILT = [[0, 5, 2, 11], [0, 20, 24, 24], [-4, -1, 4, 6], [2**31 - 1, -(2**31), 0, 6], [0, 48, 0, 48]]
+
+
+@pytest.mark.parametrize("offsets", SPOILT)
 def test_spoilt_offsets_stay_inside(offsets: list[int]):
-    rows = 6
+    rows = 48 if 48 in offsets else 6
     out = torch.full((64, WORDS), -1, dtype=torch.int32)
     count = torch.zeros(5, dtype=torch.int32)
     table = torch.tensor(offsets, dtype=torch.int32)
     _write_blocks[(1,)](out, count, table, rows, 3, 1, EXPERTS=4, BLOCK_M=4, GROUP_M=1, REST=True)
     blocks = out[: int(count[0])].tolist()
     assert all(0 <= expert <= 3 and 0 <= first < end <= rows for expert, _, first, end, _ in blocks)
+    most = experts_schedule.max_tiles(rows, 3, 4)
+    assert all(0 <= tile < most for _, tile, *_ in blocks)
 
 
 @triton.jit

@@ -197,7 +197,7 @@ def test_few_blocks_are_small_ones(monkeypatch: pytest.MonkeyPatch):
     assert block(32768, 2048, 80) == (128, 128)
 
 
-@pytest.mark.parametrize(("capability", "chip"), [(75, 80), (80, 80), (89, 80), (90, 90), (100, 90), (120, 90)])
+@pytest.mark.parametrize(("capability", "chip"), [(75, 80), (80, 80), (89, 80), (90, 90), (103, 90), (120, 80)])
 def test_every_device_has_rules(capability: int, chip: int, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(experts_config, "capability", lambda device: capability)
     assert experts_config.chip_of(torch.device("meta")) == chip
@@ -225,7 +225,7 @@ def test_the_table_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         assert all(f"measured {tuple(product.key)}" in labels for product in (known, other))
     with compiling_for(80):
         assert experts_config.choose(known, device) == experts_config.rules(known, 80, 108)
-    experts_config.table.cache_clear()
+    experts_config.forget_tables()
 
 
 @pytest.mark.parametrize("path", sorted(experts_config.FOLDER.glob("*.json")), ids=lambda path: path.name)

@@ -138,12 +138,11 @@ def test_leading_forbidden_spans(backend: str):
 def test_the_place_in_memory_does_not_matter(backend: str, dtype: torch.dtype, columns: int, offset: int):
     """Rows that 16-byte loads can read, and the same rows where they cannot: the same bits."""
     logits, uncond, where = torch.randn(3, columns).to(dtype), torch.randn(3, columns).to(dtype), place(3)
-    wide = torch.full((3, columns + 5), math.nan, dtype=dtype)
-    wide[:, offset : offset + columns] = logits
-    shifted = torch.full((3 * columns + offset,), math.nan, dtype=dtype)
-    shifted[offset:] = uncond.flatten()
+    wide = torch.full((3, columns + 5), math.nan, dtype=dtype)[:, offset : offset + columns].copy_(logits)
+    dense, other = (torch.full((3 * columns + offset,), math.nan, dtype=dtype)[offset:].view(3, -1) for _ in range(2))
     expected = sample(backend, logits, where, 0.9, uncond, 1.5)
-    found = sample(backend, wide[:, offset : offset + columns], where, 0.9, shifted[offset:].view(3, columns), 1.5)
+    cond = dense.copy_(logits) if offset else wide
+    found = sample(backend, cond, where, 0.9, other.copy_(uncond), 1.5)
     assert torch.equal(found[0], expected[0])
     assert torch.equal(found[1], expected[1])
 
