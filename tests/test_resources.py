@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from unif2ace import resources
+from unif2ace.cli import main
 from unif2ace.resources import cuda
 from unif2ace.resources.cubin import Facts
 from unif2ace.resources.kernel import Kernel
@@ -46,6 +48,19 @@ def row(**changes: object) -> Kernel:
 )
 def test_problems_of_a_kernel(changes, problem):
     assert row(**changes).problems() == ([] if problem is None else [problem])
+
+
+def test_the_table_ends_with_a_verdict(monkeypatch, capsys):
+    monkeypatch.setattr(cuda, "why_not", lambda: None)
+    for spills, status, verdict in (
+        (0, 0, "1 kernels: no spills,"),
+        (8, 1, "NOT good:\nrouting: _route on sm_80: spills"),
+    ):
+        monkeypatch.setattr(resources, "kernels", lambda ops, spills=spills: [row(spill_bytes=spills)])
+        assert main(["doctor", "--kernels"]) == status
+        assert verdict in capsys.readouterr().out
+    monkeypatch.setattr(cuda, "why_not", lambda: "nvcc is not installed")
+    assert resources.format_kernels([row()]).endswith("\nwithout the CUDA sources: nvcc is not installed\n")
 
 
 def test_cuda_flags_are_those_of_setup():

@@ -279,8 +279,8 @@ def _complain(message: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, 1 where some results of a table failed, 2 for mistakes, 130 when
-    interrupted.
+    """Run one command; returns the exit status: 0, 1 where some results of a table failed or a kernel breaks a limit, 2
+    for mistakes, 130 when interrupted.
     """
     options = build_parser().parse_args(arguments)
     try:
