@@ -91,11 +91,35 @@ def test_interpreter_is_refused():
     assert "without TRITON_INTERPRET=1" in done.stderr
 
 
+# Streams of the preset's sizes: each must move 16 bytes a thread in its main loads. What else they load is small.
+STREAMS = {
+    ("sampling", "_sample_kernel", "plain"),
+    ("sampling", "_sample_kernel", "guided"),
+    ("sampling", "_fold_kernel", "head"),
+    ("sequence_mix", "_mix_kernel", "generation"),
+    ("sequence_mix", "_mix_backward_kernel", "generation"),
+    ("diffusion_loss", "_statistics_kernel", "D3Diff, codes"),
+    ("diffusion_loss", "_gradients_kernel", "D3Diff, codes"),
+    ("rotary", "_forward_kernel", "text to face"),
+    ("rotary", "_backward_kernel", "text to face"),
+    ("experts", "combine_kernel", "training, gelu_tanh"),
+}
+
+
 @pytest.mark.slow
 @needs_triton
-def test_every_kernel_is_within_the_limits():
+def test_every_kernel_is_within_the_limits_and_works_as_it_should():
     done = doctor("--json")
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)["kernels"]
-    assert rows
     assert [f"{row['name']} {row['arch']}: {row['problems']}" for row in rows if row["problems"]] == []
+    matrix = {"sm_80": "mma", "sm_90a": "wgmma"}  # of 16-bit numbers; float32 multiplies exactly, without tensor cores
+    short = [row for row in rows if row["matrix"] and row["dtype"] in ("bfloat16", "float16")]
+    assert {row["arch"] for row in short} == matrix.keys()
+    assert [row for row in short if row["matrix"] != matrix[row["arch"]]] == []
+    streams = [row for row in rows if (row["op"], row["name"], row["call"]) in STREAMS and row["dtype"] == "bfloat16"]
+    assert {(row["op"], row["name"], row["call"]) for row in streams} == STREAMS
+    assert [row for row in streams if not row["wide_loads"]] == []
+    if cuda.why_not() is None:
+        assert {row["op"] for row in rows if row["source"] == "cuda"} == {"routing", "sampling"}
+        assert any(row["wide_loads"] for row in rows if row["source"] == "cuda" and row["op"] == "sampling")
