@@ -183,7 +183,7 @@ ROW_BLOCKS = {
 
 def row_gradients(products: Sequence[Product], device: torch.device) -> list[Config]:
     """For products of the backward that give a row for each row: configurations of equal `block_m`."""
-    if INTERPRETED:  # a tile's column sums add row after row there, not as a tree: more rows would round more
+    if INTERPRETED:  # column sums add row after row there, not as a tree: more rows would round more than PyTorch does
         return [Config(32, 64, 64, warps=4, stages=1)] * len(products)
     if products[0].dtype == torch.float32:
         return [Config(64, 64, 16, warps=4, stages=2, programs=2)] * len(products)

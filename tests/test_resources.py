@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from unif2ace import resources
+from unif2ace.cli import main
 from unif2ace.resources import cuda
 from unif2ace.resources.cubin import Facts
 from unif2ace.resources.kernel import Kernel
@@ -48,6 +50,19 @@ def test_problems_of_a_kernel(changes, problem):
     assert row(**changes).problems() == ([] if problem is None else [problem])
 
 
+def test_the_table_ends_with_a_verdict(monkeypatch, capsys):
+    monkeypatch.setattr(cuda, "why_not", lambda: None)
+    for spills, status, verdict in (
+        (0, 0, "1 kernels: no spills,"),
+        (8, 1, "NOT good:\nrouting: _route on sm_80: spills"),
+    ):
+        monkeypatch.setattr(resources, "kernels", lambda ops, spills=spills: [row(spill_bytes=spills)])
+        assert main(["doctor", "--kernels"]) == status
+        assert verdict in capsys.readouterr().out
+    monkeypatch.setattr(cuda, "why_not", lambda: "nvcc is not installed")
+    assert resources.format_kernels([row()]).endswith("\nwithout the CUDA sources: nvcc is not installed\n")
+
+
 def test_cuda_flags_are_those_of_setup():
     text = (Path(__file__).parents[1] / "setup.py").read_text()
     line = next(line for line in text.splitlines() if line.startswith("NVCC_FLAGS"))
@@ -76,11 +91,35 @@ def test_interpreter_is_refused():
     assert "without TRITON_INTERPRET=1" in done.stderr
 
 
+# Streams of the preset's sizes: each must move 16 bytes a thread in its main loads. What else they load is small.
+STREAMS = {
+    ("sampling", "_sample_kernel", "plain"),
+    ("sampling", "_sample_kernel", "guided"),
+    ("sampling", "_fold_kernel", "head"),
+    ("sequence_mix", "_mix_kernel", "generation"),
+    ("sequence_mix", "_mix_backward_kernel", "generation"),
+    ("diffusion_loss", "_statistics_kernel", "D3Diff, codes"),
+    ("diffusion_loss", "_gradients_kernel", "D3Diff, codes"),
+    ("rotary", "_forward_kernel", "text to face"),
+    ("rotary", "_backward_kernel", "text to face"),
+    ("experts", "combine_kernel", "training, gelu_tanh"),
+}
+
+
 @pytest.mark.slow
 @needs_triton
-def test_every_kernel_is_within_the_limits():
+def test_every_kernel_is_within_the_limits_and_works_as_it_should():
     done = doctor("--json")
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)["kernels"]
-    assert rows
     assert [f"{row['name']} {row['arch']}: {row['problems']}" for row in rows if row["problems"]] == []
+    matrix = {"sm_80": "mma", "sm_90a": "wgmma"}  # of 16-bit numbers; float32 multiplies exactly, without tensor cores
+    short = [row for row in rows if row["matrix"] and row["dtype"] in ("bfloat16", "float16")]
+    assert {row["arch"] for row in short} == matrix.keys()
+    assert [row for row in short if row["matrix"] != matrix[row["arch"]]] == []
+    streams = [row for row in rows if (row["op"], row["name"], row["call"]) in STREAMS and row["dtype"] == "bfloat16"]
+    assert {(row["op"], row["name"], row["call"]) for row in streams} == STREAMS
+    assert [row for row in streams if not row["wide_loads"]] == []
+    if cuda.why_not() is None:
+        assert {row["op"] for row in rows if row["source"] == "cuda"} == {"routing", "sampling"}
+        assert any(row["wide_loads"] for row in rows if row["source"] == "cuda" and row["op"] == "sampling")

@@ -1,8 +1,8 @@
 """The command `unif2ace`: what it can be asked, and how mistakes are reported.
 
 Only the standard library is imported here, so that help is instant; `unif2ace.commands` does the work. A mistake of the
-user ends with one sentence on stderr and status 2, an interrupt with status 130; results go to stdout, progress to
-stderr and only where that is a terminal.
+user ends with one sentence on stderr and status 2, an interrupt with status 130, a table some of whose rows have failed
+with status 1; results go to stdout, progress to stderr and only where that is a terminal.
 """
 
 from __future__ import annotations
@@ -84,7 +84,10 @@ def _table(parser: argparse.ArgumentParser) -> None:
         "--batch-size", type=_positive, default=32, metavar="N", help="results made at a time (default: %(default)s)"
     )
     parser.add_argument(
-        "--engine", choices=("local", "ray"), default="local", help="where a table is worked on (default: %(default)s)"
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="for a table; ray: the cluster of RAY_ADDRESS, else a new one here (default: %(default)s)",
     )
     parser.add_argument(
         "--workers", type=_positive, default=1, metavar="N", help="--engine ray: how many (default: %(default)s)"
@@ -276,8 +279,8 @@ def _complain(message: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, 1 where some results of a table failed, 2 for mistakes, 130 when
-    interrupted.
+    """Run one command; returns the exit status: 0, 1 where some results of a table failed or a kernel breaks a limit, 2
+    for mistakes, 130 when interrupted.
     """
     options = build_parser().parse_args(arguments)
     try:

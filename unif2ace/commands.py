@@ -194,17 +194,17 @@ def evaluate(options: argparse.Namespace) -> None:
     )
 
 
-def doctor(options: argparse.Namespace) -> None:
-    """`unif2ace doctor`."""
+def doctor(options: argparse.Namespace) -> int:
+    """`unif2ace doctor`; status 1 where a GPU kernel breaks a limit."""
     if options.kernels is not None:
         from unif2ace.resources import format_kernels, kernels
 
         rows = kernels(options.kernels)
         if options.json:
-            print(json.dumps({"kernels": [row.as_json() for row in rows]}))
+            _print_json({"kernels": [row.as_json() for row in rows]})
         else:
             print(format_kernels(rows), end="")
-        return
+        return int(any(row.problems() for row in rows))
     from unif2ace.doctor import format_report, report
 
     facts = report()
@@ -212,6 +212,7 @@ def doctor(options: argparse.Namespace) -> None:
         _print_json(facts)
     else:
         print(format_report(facts), end="")
+    return 0
 
 
 def bench(options: argparse.Namespace) -> None:

@@ -112,6 +112,7 @@ def test_a_batch_beyond_memory_is_asked_one_by_one(table, ask, tmp_path, picture
     ("options", "sentence"),
     [
         (["--out", "answers.txt"], "--out: expected a file ending in .jsonl or .parquet, got answers.txt"),
+        (["--questions", "q.txt"], "--questions: expected a table with columns, .jsonl or .parquet, got q.txt"),
         (["--caption"], "ask: expected --questions without --caption, got both"),
         (["face.png"], "ask: expected --questions without image, got both"),
     ],

@@ -21,11 +21,16 @@ needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="
 
 
 def start(*arguments):
-    """The program in a process group of its own, which Ray's processes belong to."""
+    """The program, with two workers."""
     paths = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
     return subprocess.Popen(
         [sys.executable, "-m", "unif2ace", *arguments, "--engine", "ray", "--workers", "2"],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "RAY_ADDRESS": "local"},
+        env={
+            **{name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
+            "PYTHONPATH": os.pathsep.join(paths),
+            "OMP_NUM_THREADS": "1",
+            "RAY_ADDRESS": "local",
+        },
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -85,6 +90,18 @@ def test_questions(table, ask, tmp_path, model):
     assert "unif2ace: 2 of 10 answers failed" in error
     assert ask(questions, tmp_path / "one.parquet") == 1
     assert (tmp_path / "ray.parquet").read_bytes() == (tmp_path / "one.parquet").read_bytes()
+
+
+@needs_ray
+@pytest.mark.slow
+def test_a_mistake_of_a_worker_is_one_sentence(table, tmp_path, model):
+    options = ["--model", model, "--backend", "triton"]
+    prompts = table({"prompt": "a face"})
+    run = start("generate", "--prompts", prompts, "--out", str(tmp_path / "out"), *options)
+    _, error = run.communicate(timeout=300)
+    assert run.returncode == 2
+    assert "Traceback" not in error
+    assert error.splitlines()[-1].startswith("unif2ace: error: linear: back end 'triton' cannot run this call: ")
 
 
 def test_tasks_are_divided_into_files(tmp_path):

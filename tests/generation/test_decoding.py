@@ -5,7 +5,7 @@ import torch
 
 from tests.tiny import TOKENS, build_parts
 from unif2ace.errors import UserError
-from unif2ace.generation.decoding import decode_answers, stream_answers
+from unif2ace.generation.decoding import stream_answers
 from unif2ace.vocabulary import pack_understanding
 
 END_BIAS = 5.0  # makes this random model end its answers after different numbers of tokens
@@ -23,6 +23,14 @@ def parts():
         for name in ("clip", "face")
     }
     return built.model.double(), codes, features
+
+
+def decode_answers(model, *arguments, **options):
+    """Token ids of every answer."""
+    answers = {}
+    for piece in stream_answers(model, *arguments, **options):
+        answers.setdefault(piece.index, []).extend(piece.tokens)
+    return [answers[index] for index in range(len(answers))]
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.tiny import build_parts
-from unif2ace.generation.denoise import Drawing, Slots, plan_step, run_step, run_steps
+from unif2ace.generation.denoise import Drawing, Slots, plan_step, run_step
 from unif2ace.generation.prefix import run_prefixes
 from unif2ace.generation.schedule import schedule_steps
 from unif2ace.model.transformer import UniF2ace
@@ -28,6 +28,12 @@ def start(model, seeds=(3, 4)):
     for drawing, seed in zip(drawings, seeds, strict=True):
         slots.start(drawing, seed, codes)
     return slots, [plan_step(slots, [replace(d, done=k) for d in drawings]) for k in range(STEPS)]
+
+
+def run_steps(model, slots, plans):
+    """The whole loop, all plans of which were made before."""
+    for plan in plans:
+        run_step(model, slots, plan)
 
 
 @pytest.fixture
@@ -63,8 +69,7 @@ def test_the_trace_notices_who_does(traced, monkeypatch, reads):
 def test_plans_depend_on_the_schedule_alone():
     model = build_parts().model
     slots, plans = start(model)
-    for plan in plans:
-        run_step(model, slots, plan)
+    run_steps(model, slots, plans)
     first = slots.tokens.clone()
     assert bool((first[:2, 1:-1] != model.vocabulary.mask).all())
     again, _ = start(model, seeds=(5, 6))

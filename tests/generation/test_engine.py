@@ -108,6 +108,7 @@ BAD = [
     ({"known": KNOWN}, "generate: known_codes must be [16], got NoneType"),
     ({"known": KNOWN[1:], "known_codes": torch.zeros(15).long()}, "generate: known_codes must be [16], got [15]"),
     ({"known": KNOWN, "known_codes": torch.full((16,), 27)}, "generate: known codes must lie in 0..26"),
+    ({"known": KNOWN.tolist(), "known_codes": torch.zeros(16).long()}, "generate: known must be [16], got list"),
     ({"known": KNOWN.int(), "known_codes": torch.zeros(16).long()}, "generate: known must be bool"),
 ]
 
@@ -115,7 +116,7 @@ BAD = [
 def test_bad_requests_fail_with_their_reason_and_the_others_finish(parts):
     good = requests()[:3]
     bad = [Request(**{"prompt": [5], "key": 100 + i, **change}) for i, (change, _) in enumerate(BAD)]
-    mixed = [request for pair in zip(bad, good * 5, strict=False) for request in pair]
+    mixed = [request for pair in zip(bad, good * 6, strict=False) for request in pair]
     faces = list(GenerationEngine(parts.model, parts.codec, 3).stream(mixed))
     reasons = {face.request.key: face.error for face in faces if face.error is not None}
     assert sorted(reasons) == [100 + i for i in range(len(BAD))]

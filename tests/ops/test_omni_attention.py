@@ -231,17 +231,21 @@ def test_equal_blocks_in_even_distance_are_one_call():
     assert len(runs_of(((0, 4, 2, 9, False), (4, 8, 2, 9, False)))) == 2
 
 
-@given(st.data())
-def test_any_partition_of_the_rows(data: st.DataObject):
-    lengths = data.draw(st.lists(st.integers(0, 6), max_size=6))
-    keys, blocks, start = 15, [], 0
-    for length in lengths:
-        causal = data.draw(st.booleans())
+def any_partition(data: st.DataObject, keys: int) -> list[tuple[int, int, int, int, bool]]:
+    """Blocks of up to six rows, of both kinds, whose keys may overlap."""
+    blocks, start = [], 0
+    for length in data.draw(st.lists(st.integers(0, 6), max_size=6)):
         k_start = data.draw(st.integers(0, keys - 7))
         k_end = data.draw(st.integers(k_start + max(1, length), keys))
-        blocks.append((start, start + length, k_start, k_end, causal))
+        blocks.append((start, start + length, k_start, k_end, data.draw(st.booleans())))
         start += length
-    inputs = problem(start, keys, heads=2, dim=4)
+    return blocks
+
+
+@given(st.data())
+def test_any_partition_of_the_rows(data: st.DataObject):
+    blocks = any_partition(data, keys=15)
+    inputs = problem(num_rows(blocks), 15, heads=2, dim=4)
     wanted = with_one_mask(**inputs, blocks=tuple(blocks), scale=0.5)
     for backend in BACKENDS:
         found = omni_attention(**inputs, blocks=tuple(data.draw(st.permutations(blocks))), backend=backend)

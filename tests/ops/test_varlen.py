@@ -17,7 +17,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.ops.test_omni_attention import LAYOUTS, generation, num_rows, problem, understanding, with_one_mask
+from tests.ops.test_omni_attention import (
+    LAYOUTS,
+    any_partition,
+    generation,
+    num_rows,
+    problem,
+    understanding,
+    with_one_mask,
+)
 from unif2ace.ops import _varlen, omni_attention
 from unif2ace.ops.omni_attention import AttentionBlocks, _native_forward, reference_omni_attention
 
@@ -155,17 +163,10 @@ def test_rows_off_the_alignment_are_copied(asked: list[dict]):
 
 @given(st.data())
 def test_any_partition_of_the_rows(data: st.DataObject):
-    lengths = data.draw(st.lists(st.integers(0, 6), max_size=6))
-    keys, blocks, start = 15, [], 0
-    for length in lengths:
-        causal = data.draw(st.booleans())
-        k_start = data.draw(st.integers(0, keys - 7))
-        k_end = data.draw(st.integers(k_start + max(1, length), keys))
-        blocks.append((start, start + length, k_start, k_end, causal))
-        start += length
+    blocks = any_partition(data, keys=15)
     attend = lambda q, k, v, call, scale: _varlen._flash_attn(varlen, q, k, v, call, scale)  # noqa: E731
-    calls = _varlen.VarlenCalls(data.draw(st.permutations(blocks)), keys, attend, torch.get_default_device())
-    q, k, v = problem(start, keys, heads=2, dim=8).values()
+    calls = _varlen.VarlenCalls(data.draw(st.permutations(blocks)), 15, attend, torch.get_default_device())
+    q, k, v = problem(num_rows(blocks), 15, heads=2, dim=8).values()
     inputs = zip(calls.queries(q), calls.keys(k), calls.keys(v), strict=True)
     found = calls.join_queries(q, [calls.attend(i, *triple, 0.5) for i, triple in enumerate(inputs)])
     torch.testing.assert_close(found, with_one_mask(q, k, v, tuple(blocks), 0.5))

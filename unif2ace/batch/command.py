@@ -74,7 +74,7 @@ def ask(options: argparse.Namespace) -> int:
     output = Output.of_answers(Path(options.out or "answers.jsonl"), answers.FIELDS)
     questions = Path(options.questions)
     if questions.suffix.lower() == ".txt":
-        raise UserError(f"{questions}: expected a table ending in .jsonl or .parquet, got .txt, which has no questions")
+        raise UserError(f"--questions: expected a table with columns, .jsonl or .parquet, got {questions}")
     job = Answers(questions.absolute().parent, options.fit, model_sha256(folder), options.batch_size)
     table = Table.open(questions, answers.COLUMNS, job.count)
     return _Run(options, "ask", "answer", job, table, output, {"fit": options.fit}).run()
@@ -153,7 +153,9 @@ class _Run:
         if not todo:
             return iter(())
         if cluster is not None:
-            load = Loading(options.model, device.partition(":")[0], options.backend, options.threads or 1)
+            path = Path(options.model).expanduser()  # a path is made absolute: workers start in other folders
+            model = str(path.absolute()) if resolve_folder(options.model) == path else options.model
+            load = Loading(model, device.partition(":")[0], options.backend, options.threads or 1)
             return cluster.run(self.job, tasks, todo, load, options.workers, record.folder.absolute() / "tasks")
         if options.threads is not None:
             torch.set_num_threads(options.threads)

@@ -19,6 +19,7 @@ import logging
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -26,11 +27,15 @@ import torch
 from unif2ace.batch.answers import Answers, AnswerTask
 from unif2ace.batch.faces import Faces, FaceTask
 from unif2ace.batch.record import Line
+from unif2ace.bundle import model_sha256, resolve_folder
 from unif2ace.errors import UserError
+from unif2ace.files import write_text
 from unif2ace.pipeline import UniF2acePipeline
 
 CHUNK = 256  # most results of one file: what is made twice when a worker dies
 CHUNKS_PER_WORKER = 4  # at least, where the table is long enough: the last worker to finish is not waited for long
+
+MISTAKE = "mistake"  # in the place of lines: why a worker cannot go on
 
 
 @dataclass(frozen=True)
@@ -105,29 +110,46 @@ class Cluster:
                 num_gpus=int(on_gpu),
             )
             for batch in found.iter_batches(batch_size=None, batch_format="pyarrow"):
-                yield [json.loads(line) for line in batch["line"].to_pylist()]
+                lines = [json.loads(line) for line in batch["line"].to_pylist()]
+                for line in lines:
+                    if MISTAKE in line:
+                        raise UserError(line[MISTAKE])
+                yield lines
         except self.ray.exceptions.RayError as error:
-            raise UserError(f"--engine ray: {_reason(error)}") from error
+            raise UserError(f"--engine ray: {str(error).strip().splitlines()[-1]}") from error
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
 
 class Worker:
-    """What runs on the machines: a model, and the tasks of one file after another."""
+    """What runs on the machines: a model, and the tasks of one file after another.
+
+    A `UserError` is handed back like a line: raised, it would reach the driver under Ray's traceback.
+    """
 
     def __init__(self, job: Faces | Answers, load: Loading, scratch: str) -> None:
         import ray
 
-        torch.set_num_threads(load.threads)
-        self.job = job
-        self.pipe = UniF2acePipeline.from_pretrained(load.model, device=load.device, backend=load.backend)
+        self.job, self.load = job, load
         self.partial = Path(scratch) / f"partial-{ray.get_runtime_context().get_worker_id()}"
+
+    @cached_property
+    def pipe(self) -> UniF2acePipeline:
+        """The model, loaded for the first file."""
+        load = self.load
+        if model_sha256(resolve_folder(load.model)) != self.job.model_sha256:
+            raise UserError(f"model: expected {load.model} of the machine that started the run, got another one")
+        torch.set_num_threads(load.threads)
+        return UniF2acePipeline.from_pretrained(load.model, device=load.device, backend=load.backend)
 
     def __call__(self, batch: dict[str, object]) -> dict[str, list[str]]:
         """A batch holds one path."""
         texts = Path(str(batch["item"][0])).read_text(encoding="utf-8").splitlines()
         tasks = (self.job.task_type(**json.loads(text)) for text in texts)
-        lines = [line for part in self.job.run(self.pipe, tasks, self.partial) for line in part]
+        try:
+            lines = [line for part in self.job.run(self.pipe, tasks, self.partial) for line in part]
+        except UserError as error:
+            lines = [{MISTAKE: str(error)}]
         return {"line": [json.dumps(line) for line in lines]}
 
 
@@ -146,11 +168,4 @@ def write_chunks(tasks: Iterable[FaceTask | AnswerTask], size: int, folder: Path
 
 
 def _write_chunk(path: Path, texts: list[str]) -> str:
-    path.write_text("\n".join(texts), encoding="utf-8")
-    return str(path)
-
-
-def _reason(error: Exception) -> str:
-    """The worker's own words, where it has said something."""
-    cause = getattr(error, "cause", None)
-    return str(cause if cause is not None else error).strip().splitlines()[-1]
+    return str(write_text(path, "\n".join(texts)))

@@ -40,14 +40,6 @@ class Piece(NamedTuple):
     ended: bool
 
 
-def decode_answers(model: UniF2ace, *arguments: object, **options: object) -> list[list[int]]:
-    """Token ids of every answer. Arguments as for `stream_answers`."""
-    answers: dict[int, list[int]] = {}
-    for piece in stream_answers(model, *arguments, **options):
-        answers.setdefault(piece.index, []).extend(piece.tokens)
-    return [answers[index] for index in range(len(answers))]
-
-
 @torch.no_grad()
 def stream_answers(
     model: UniF2ace,

@@ -244,9 +244,3 @@ def run_step(model: UniF2ace, slots: Slots, plan: StepPlan) -> None:
     # A stable compaction: the i-th token that stays goes to place i. Those that do not go to the last element.
     target = torch.where(stays, plan.target + stays.cumsum(0) - 1, len(slots.unknown) - 1)
     slots.unknown.scatter_(0, target, position)
-
-
-def run_steps(model: UniF2ace, slots: Slots, plans: Sequence[StepPlan]) -> None:
-    """Several steps in turn: the whole loop, where all its plans were made before."""
-    for plan in plans:
-        run_step(model, slots, plan)

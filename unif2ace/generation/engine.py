@@ -188,8 +188,9 @@ class GenerationEngine:
         for seed in request.seeds:
             if not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
                 raise UserError(f"seed: expected integers from 0 to 2^64 - 1, got {seed!r}")
-        known = None if request.known is None else request.known.cpu()
-        known_codes = None if request.known_codes is None else request.known_codes.cpu()
+        known, known_codes = (
+            value.cpu() if isinstance(value, Tensor) else value for value in (request.known, request.known_codes)
+        )
         mask_code = self.model.vocabulary.mask_code
         codes = codes_to_draw((self.model.config.num_image_tokens,), mask_code, known_codes, known)
         unknown = int((codes == mask_code).sum())

@@ -55,6 +55,8 @@ def format_kernels(rows: list[Kernel]) -> str:
     lines = ["  ".join([*(f"{x:<{w}}" for x, w in zip(line, widths, strict=False)), line[-1]]) for line in table]
     bad = [f"{row.op}: {row.name} on {row.arch}: {problem}" for row in rows for problem in row.problems()]
     lines += ["", f"{len(rows)} kernels: " + ("no spills, everything within the limits" if not bad else "NOT good:")]
+    if cuda.why_not() is not None:
+        bad.append(f"without the CUDA sources: {cuda.why_not()}")
     return "\n".join([*(line.rstrip() for line in lines), *bad]) + "\n"
 
 
