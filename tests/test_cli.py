@@ -175,7 +175,6 @@ def test_doctor(capsys):
         (["generate", "a face", "--engine", "ray"], "--engine ray: expected a table (--prompts FILE), got none"),
         (["ask", "face.png", "Why?", "--engine", "ray"], "--engine ray: expected a table (--questions FILE), got"),
         (["generate", "--prompts", "p.txt", "--workers", "2"], "--workers: expected 1 without --engine ray, got 2"),
-        (["ask", "--questions", "q.txt"], "q.txt: expected a table ending in .jsonl or .parquet, got .txt"),
         (["ask", ".", "Why?"], ".: expected a picture file, found a folder"),
         (["ask", "face.png"], "ask: expected at least one question, or --caption, got neither"),
         (["evaluate", "--data", "nowhere"], "nowhere: expected a folder with Parquet files of faces"),
