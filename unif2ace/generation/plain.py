@@ -1,9 +1,8 @@
 """Text to face, the loop of the paper written plainly: masked discrete diffusion over the codes of an image.
 
-Every step runs whole sequences, text and image, with the prompt and without it, through transformer and head, as the
-code that Show-o published does; combines the two halves' logits of every code; samples every position; and masks the
-least certain ones again, as many as the schedule says. Nothing is kept from step to step but the codes. `denoise.py`
-draws the same faces with less work; this is what it must equal.
+Every step runs whole sequences, with the prompt and without it, through transformer and head, as Show-o's published code
+does; combines the halves' logits; samples every position; and masks the least certain ones again, as many as the schedule
+says. Only the codes are kept from step to step. `denoise.py` draws the same faces with less work and must equal this.
 
 Cost: steps * 2 (with guidance) * images * (text + N + 2) rows through the transformer and the whole head.
 """
