@@ -1,7 +1,7 @@
 """Text to face, the loop of the paper written plainly: masked discrete diffusion over the codes of an image.
 
-Every step runs whole sequences, with the prompt and without it, through transformer and head, as Show-o's published code
-does; combines the halves' logits; samples every position; and masks the least certain ones again, as many as the schedule
+Every step runs whole sequences, with the prompt and without it, through transformer and head, as Show-o's code does;
+combines the halves' logits; samples every position; and masks the least certain ones again, as many as the schedule
 says. Only the codes are kept from step to step. `denoise.py` draws the same faces with less work and must equal this.
 
 Cost: steps * 2 (with guidance) * images * (text + N + 2) rows through the transformer and the whole head.
