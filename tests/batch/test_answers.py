@@ -69,6 +69,7 @@ def test_bad_rows_fail_alone_and_are_asked_again(table, ask, tmp_path, pictures,
     for line, (_, reason) in zip(lines[1:-1], bad, strict=True):
         assert reason in line["error"]
         assert line["answer"] is None
+    assert lines[1]["error"].startswith("later.png: ")  # not where the table happens to lie
 
     pictures[0].save(tmp_path / "later.png")
     assert ask(questions, tmp_path / "out.jsonl") == 1

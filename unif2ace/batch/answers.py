@@ -95,8 +95,9 @@ class Answers:
                 if task.image not in pictures:
                     pictures[task.image] = inputs.open_face(self.folder / task.image, pipe.image_size, self.fit)
                 good.append(task)
-            except UserError as error:
-                lines.append(self._line(task, error=str(error)))
+            except UserError as error:  # the result tells paths as the table does, wherever that lies
+                path = str(self.folder / task.image)
+                lines.append(self._line(task, error=str(error).replace(path, task.image)))
         try:
             return lines + self._ask(pipe, good, pictures)
         except FAILURES:  # what cannot be checked beforehand: memory
