@@ -96,8 +96,7 @@ class Answers:
                     pictures[task.image] = inputs.open_face(self.folder / task.image, pipe.image_size, self.fit)
                 good.append(task)
             except UserError as error:  # the result tells paths as the table does, wherever that lies
-                path = str(self.folder / task.image)
-                lines.append(self._line(task, error=str(error).replace(path, task.image)))
+                lines.append(self._line(task, error=str(error).replace(f"{self.folder}/", "")))
         try:
             return lines + self._ask(pipe, good, pictures)
         except FAILURES:  # what cannot be checked beforehand: memory
