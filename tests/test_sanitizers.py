@@ -27,8 +27,8 @@ CXX = os.environ.get("CXX", "c++").split()[0]
 # libstdc++ too: the address sanitizer looks for its exceptions when the process starts, and Python does not link it.
 LIBRARIES = ("libasan.so", "libubsan.so", "libstdc++.so")
 
-# Tests without native code for CPUs (`reference`, `triton`, `cuda`, gradcheck), those that compare its bits or its memory use
-# with a normal build, and torch.compile, which is slow here and calls the same ops.
+# Tests without native code for CPUs (`reference`, `triton`, `cuda`, gradcheck), those that compare its bits or its
+# memory use with a normal build, and torch.compile, which is slow here and calls the same ops.
 UNWANTED = "reference or gradcheck or compiles or instruction_set or memory or triton or cuda"
 
 pytestmark = pytest.mark.slow
