@@ -61,7 +61,7 @@ format: venv ## rewrite files in the project's style
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(filter %.h %.cpp %.cu %.cuh,$(CSRC))
 
-bench: venv ## check and time the back ends against the reference on this machine: one table, in minutes
+bench: venv ## check and time the back ends against the reference on this machine: one table, under three minutes
 	@$(BIN)/python -m benchmarks.run
 
 BASE ?= main

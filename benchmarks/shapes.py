@@ -289,7 +289,7 @@ HUB_MODELS = {
     ),  # 2 of 48 layers
 }
 
-# What runs unless more is asked for, by device and benchmark file. `make bench`: within minutes on two cores.
+# What runs unless more is asked for, by device and benchmark file. `make bench`: within three minutes on two cores.
 # `make gpu`: within nine minutes, and what matters most first, for there it stops when the time is over.
 SHORT = {
     "cpu": {
