@@ -70,6 +70,13 @@ def ranges(starts: Sequence[int], lengths: Sequence[int]) -> Tensor:
     return torch.arange(shift.numel()) + shift
 
 
+def rotary_angles(positions: Tensor, dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin, each [T, dim / 2] in `dtype` (computed in float32), of positions [T]."""
+    frequency = theta ** (-torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim)
+    angle = positions.float()[:, None] * frequency
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
 class Layout:
     """Host-side description of a packed batch and the index tensors derived from it, each built once on first use.
 
@@ -202,12 +209,10 @@ class Layout:
         return self._per_cache_length[max_length]
 
     def rotary(self, dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin, each [T, dim / 2] in `dtype` (computed in float32)."""
+        """`rotary_angles` of the positions of this batch."""
         key = (dim, theta, dtype)
         if key not in self._rotary:
-            frequency = theta ** (-torch.arange(0, dim, 2, device=self.device, dtype=torch.float32) / dim)
-            angle = self.positions.float()[:, None] * frequency
-            self._rotary[key] = angle.cos().to(dtype), angle.sin().to(dtype)
+            self._rotary[key] = rotary_angles(self.positions, dim, theta, dtype)
         return self._rotary[key]
 
     def to(self, device: torch.device | str) -> Layout:

@@ -81,12 +81,15 @@ class KVCache:
         for buffer, rows in zip((self.keys, self.values), stored, strict=True):
             buffer[:, row, :length] = rows
 
-    def write(self, layer: int, slots: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store [T, heads, head_dim] at flat `slots` [T] and return the layer's flattened keys and values."""
-        keys, values = self.keys[layer].flatten(0, 1), self.values[layer].flatten(0, 1)
+    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer, flattened to [batch * max_length, heads, head_dim]."""
+        return self.keys[layer].flatten(0, 1), self.values[layer].flatten(0, 1)
+
+    def write(self, layer: int, slots: Tensor, key: Tensor, value: Tensor) -> None:
+        """Store [T, heads, head_dim] at flat `slots` [T] of a layer."""
+        keys, values = self.layer(layer)
         keys.index_copy_(0, slots, key)
         values.index_copy_(0, slots, value)
-        return keys, values
 
 
 class Attention(nn.Module):
@@ -101,15 +104,27 @@ class Attention(nn.Module):
         self.k_norm = nn.LayerNorm(dim, eps=config.layer_norm_eps)
         self.out = Linear(hidden, hidden)
 
-    def forward(
-        self, h: Tensor, layout: Layout, rotary: tuple[Tensor, Tensor], cache: KVCache | None, layer: int
-    ) -> Tensor:
-        """h [T, H] (already normalised) -> [T, H]."""
+    def project(self, h: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """h [T, H] (already normalised) -> queries, keys, values, each [T, heads, head_dim]. Each row by itself."""
         query, key, value = self.qkv(h).view(len(h), 3, self.heads, self.head_dim).unbind(1)
         query = rotate_heads(query, self.q_norm.weight, self.q_norm.bias, *rotary, eps=self.q_norm.eps)
         key = rotate_heads(key, self.k_norm.weight, self.k_norm.bias, *rotary, eps=self.k_norm.eps)
+        return query, key, value
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor | None,
+        value: Tensor | None,
+        layout: Layout,
+        cache: KVCache | None,
+        layer: int,
+    ) -> Tensor:
+        """What `project` gave -> [T, H]. Keys and values None: those of these rows lie in the cache already."""
         blocks = layout.blocks
         if cache is not None:
             blocks, slots = layout.cache_access(cache.max_length)
-            key, value = cache.write(layer, slots, key, value)
+            if key is not None:
+                cache.write(layer, slots, key, value)
+            key, value = cache.layer(layer)
         return self.out(omni_attention(query, key, value, blocks).flatten(1))
