@@ -41,10 +41,9 @@ def run_step(model: UniF2ace, slots: Slots, plan: StepPlan) -> None:
     if plan.layout is not None:
         row = slots.order[plan.changed]
         tokens = slots.tokens.view(-1)[plan.changed_token + row]
-        slots.first_layer.update(model, tokens, row, plan.changed_position + row, plan.changed_slot + row)
-        _, passing = plan.layout.cache_access(slots.cache.max_length)
+        slots.first_layer.update(model, tokens, row, plan.changed_position + row, plan.changed_row + row)
         passed = model.resume(
-            slots.first_layer.read(passing),
+            slots.first_layer.read(plan.halves),
             plan.layout,
             mask_ratio=plan.mask_ratio,
             cache=slots.cache,

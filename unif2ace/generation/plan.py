@@ -36,11 +36,12 @@ class StepPlan:
     """
 
     layout: Layout | None  # None: no image needs a pass
+    halves: slice | Tensor  # rows of the cache, one for each sequence: a range or [S]
     mask_ratio: Tensor  # [S]
     changed: Tensor  # [C] into Slots.order: rows whose token is new since the last pass, and for row 0 of their image
     changed_token: Tensor  # [C] its place in Slots.tokens,
     changed_position: Tensor  # [C] its position in the sequence and
-    changed_slot: Tensor  # [C] its slot in the cache
+    changed_row: Tensor  # [C] its row in FirstLayer
     wanted: Tensor  # [F] into Slots.order, and
     wanted_row: Tensor  # [F] the first row of that sequence in the pass
     prefixes: tuple[Tensor, ...]
@@ -62,8 +63,9 @@ class StepPlan:
 def plan_step(slots: Slots, drawings: Sequence[Drawing]) -> StepPlan:
     """The next step of these images, of which none is finished. Host work, and one copy to the device."""
     drawings = sorted(drawings, key=_sampling)
-    rows, max_length = slots.rows, slots.cache.max_length
+    rows = slots.rows
     passing = [(d, row, prefix.text[0].shape[1]) for d in drawings if d.done for row, prefix in d.halves(slots.count)]
+    passing.sort(key=lambda half: half[1])  # if all slots pass, their rows of the cache are a range
     sequences = [SequenceLayout("generation", 0, rows, cached=text, cache_row=row) for _, row, text in passing]
     added = max(0, slots.min_sequences - len(sequences)) if sequences else 0
     sequences += [SequenceLayout("generation", 0, rows, cache_row=2 * slots.count + i) for i in range(added)]
@@ -92,7 +94,7 @@ def plan_step(slots: Slots, drawings: Sequence[Drawing]) -> StepPlan:
         ),
         "changed_token": _repeat([d.slot * rows for d, *_ in passing], num_changed),
         "changed_position": _repeat([text for *_, text in passing], num_changed),
-        "changed_slot": _repeat([row * max_length + text for _, row, text in passing], num_changed),
+        "changed_row": _repeat([row * rows for _, row, _ in passing], num_changed),
         "wanted": ranges([d.slot * rows for d, *_ in passing], wanted),
         "wanted_row": _repeat([i * rows for i in range(len(passing))], wanted),
         "cond": ranges([begin[d.slot] for d in drawings], unknown),
@@ -113,6 +115,7 @@ def plan_step(slots: Slots, drawings: Sequence[Drawing]) -> StepPlan:
     ratios = [d.step.unknown / (rows - 2) for d, *_ in passing] + [1.0] * added
     return StepPlan(
         layout=slots.layout(sequences) if sequences else None,
+        halves=_range_or_indices([sequence.cache_row for sequence in sequences], device),
         mask_ratio=torch.tensor(ratios, dtype=torch.float32).to(device, non_blocking=True),
         prefixes=tuple(hidden for _, hidden in shared.values()),
         groups=tuple(
@@ -126,6 +129,13 @@ def plan_step(slots: Slots, drawings: Sequence[Drawing]) -> StepPlan:
 
 def _sampling(drawing: Drawing) -> tuple[float, float]:
     return drawing.guidance, drawing.temperature
+
+
+def _range_or_indices(values: list[int], device: torch.device) -> slice | Tensor:
+    """Increasing values as a slice where they are a range, else [len(values)] int64 on the device."""
+    if not values or values[-1] - values[0] == len(values) - 1:
+        return slice(values[0], values[-1] + 1) if values else slice(0, 0)
+    return torch.tensor(values).to(device, non_blocking=True)
 
 
 def _repeat(values: list[int], counts: list[int]) -> Tensor:

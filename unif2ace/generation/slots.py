@@ -47,8 +47,8 @@ class Slots:
 
     `tokens` [count + 1, N + 2]: ids of the image rows; the last image is all unknown, for sequences that are added.
     `order` [count * (N + 2)]: for each slot its image rows 0 .. N + 1, those of unknown tokens first and ascending. The
-    cache has a row for each slot, one for its unconditional half (from row `count` on), and spare ones for sequences
-    that are added; `first_layer` keeps what the first layer computes of the tokens in these rows.
+    cache, of the texts, and `first_layer`, of the images, have a row for the conditional half of each slot, one for its
+    unconditional half (from row `count` on), and spare ones for sequences that are added.
     """
 
     def __init__(self, model: UniF2ace, count: int, max_prompt_tokens: int) -> None:
@@ -60,8 +60,9 @@ class Slots:
         self.tokens[:, 0], self.tokens[:, -1] = vocabulary.control("soi"), vocabulary.control("eoi")
         self.order = torch.zeros(count * rows, dtype=torch.int64, device=device)
         self.seeds = torch.zeros(count, dtype=torch.int64, device=device)
-        self.cache = model.new_cache(2 * count + self.min_sequences - 1, max_prompt_tokens + 3 + rows)
-        self.first_layer = FirstLayer(model, self.cache)
+        halves = 2 * count + self.min_sequences - 1
+        self.cache = model.new_cache(halves, max_prompt_tokens + 3)
+        self.first_layer = FirstLayer(model, halves)
         self._layout = Layout([], device)
 
     def start(self, drawing: Drawing, seed: int, codes: Tensor) -> None:

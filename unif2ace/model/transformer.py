@@ -49,13 +49,13 @@ class Tokenwise(NamedTuple):
     """What a layer computes of each row by itself, before rows see each other.
 
     `x` [T, H]: the residual stream, in a parallel block with the feed-forward added. `query`, `key`, `value`
-    [T, heads, head_dim]; keys and values are None where they lie in the cache already. `plan`: token-level routing.
+    [T, heads, head_dim]. `plan`: token-level routing.
     """
 
     x: Tensor
     query: Tensor
-    key: Tensor | None = None
-    value: Tensor | None = None
+    key: Tensor
+    value: Tensor
     plan: RoutingPlan | None = None
 
 
