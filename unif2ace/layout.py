@@ -11,7 +11,7 @@ sequence gives at most two: text causal then image full (generation), prefix ful
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, chain
 from typing import NamedTuple
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from unif2ace.config import TASKS
 from unif2ace.errors import UserError
-from unif2ace.ops.omni_attention import Block
+from unif2ace.ops.omni_attention import AttentionBlocks
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,13 @@ class SequenceLayout:
         """Rows whose keys and values stay valid after this pass: all but the image rows of generation."""
         return self.cached + (self.text if self.task == "generation" else self.rows)
 
-    def blocks(self, q: int, k: int) -> list[Block]:
+    def blocks(self, q: int, k: int) -> AttentionBlocks:
         """(q_start, q_end, k_start, k_end, causal) with the first row at `q`, its keys starting at `k`."""
         generation = self.task == "generation"
         first = self.text if generation else self.prefix  # generation: text, image; understanding: prefix, text
         middle, end = k + self.cached + first, k + self.cached + self.rows
-        both = [(q, q + first, k, middle, generation), (q + first, q + self.rows, k, end, not generation)]
-        return [block for block in both if block[1] > block[0]]
+        both = (q, q + first, k, middle, generation), (q + first, q + self.rows, k, end, not generation)
+        return tuple(block for block in both if block[1] > block[0])
 
 
 def ranges(starts: Sequence[int], lengths: Sequence[int]) -> Tensor:
@@ -78,31 +78,22 @@ def rotary_angles(positions: Tensor, dim: int, theta: float, dtype: torch.dtype)
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
-def _blocks(sequences: Sequence[SequenceLayout], rows: Sequence[int], keys: Sequence[int]) -> tuple[Block, ...]:
+def _blocks(sequences: Sequence[SequenceLayout], rows: Sequence[int], keys: Sequence[int]) -> AttentionBlocks:
     """Attention blocks of all sequences, whose first rows and first keys are given."""
     return tuple(chain.from_iterable(s.blocks(q, k) for s, q, k in zip(sequences, rows, keys, strict=True)))
-
-
-class Join(NamedTuple):
-    """Keys that lie neither in the cache alone nor in the batch alone: each sequence's cached rows, then its own."""
-
-    rows: int
-    own: Tensor  # [T] where the rows of the batch go
-    past: Tensor  # [P] where cached rows go, and
-    source: Tensor  # [P] the flat slots they come from
 
 
 class CacheAccess(NamedTuple):
     """What a batch stores in a cache, flattened to [rows * max_length, ...], and where it finds its keys.
 
     Rows that stay valid are stored; image rows of generation do not, the next step has others. If all rows stay, the
-    keys are those of the cache. Else they are those of the batch or, behind cached rows, `join`.
+    keys are those of the cache. Else they are those of the batch, with `past` behind those of the cache.
     """
 
-    blocks: tuple[Block, ...]
+    blocks: AttentionBlocks
     slots: Tensor  # [K] where stored rows go, and
     stored: Tensor | None = None  # [K] which they are; None: all
-    join: Join | None = None
+    past: bool = False
 
 
 class Layout:
@@ -221,7 +212,7 @@ class Layout:
         return self.ranges([end - s.answer - 1 for s, end in pairs], [s.answer for s in self.sequences])
 
     @cached_property
-    def blocks(self) -> tuple[Block, ...]:
+    def blocks(self) -> AttentionBlocks:
         """Attention blocks when the keys are the rows of this batch (no cache)."""
         return _blocks(self.sequences, self.starts[:-1], self.starts[:-1])
 
@@ -238,16 +229,15 @@ class Layout:
         slots = self.ranges([base + s.cached for s, base in zip(sequences, bases, strict=True)], stored)
         if sum(stored) == self.num_rows:
             return CacheAccess(_blocks(sequences, starts, bases), slots)
-        stored_rows = self.ranges(starts, stored)
-        cached = [s.cached for s in sequences]
-        if not any(cached):
-            return CacheAccess(self.blocks, slots, stored_rows)
-        begin = list(accumulate((s.cached + s.rows for s in sequences), initial=0))
-        own = self.ranges([at + s.cached for s, at in zip(sequences, begin, strict=False)], [s.rows for s in sequences])
-        past, source = self.ranges(begin[:-1], cached), self.ranges(bases, cached)
-        return CacheAccess(
-            _blocks(sequences, starts, begin[:-1]), slots, stored_rows, Join(begin[-1], own, past, source)
-        )
+        blocks, past = self.blocks, any(s.cached for s in sequences)
+        if past:
+            triples = zip(sequences, starts, bases, strict=True)
+            blocks = tuple(
+                (*block, base, base + s.cached)
+                for s, start, base in triples
+                for block in replace(s, cached=0).blocks(start, start)
+            )
+        return CacheAccess(blocks, slots, self.ranges(starts, stored), past)
 
     def rotary(self, dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """`rotary_angles` of the positions of this batch."""

@@ -23,4 +23,4 @@ def keep_freed_memory() -> bool:
     if mallopt is None:
         return False
     wanted = ((M_MMAP_THRESHOLD, KEEP), (M_TRIM_THRESHOLD, KEEP), (M_TOP_PAD, GROW))
-    return all([mallopt(option, value) == 1 for option, value in wanted])
+    return sum(mallopt(option, value) for option, value in wanted) == len(wanted)

@@ -30,13 +30,13 @@ namespace {
 
 constexpr int kPart = 128;      // keys per running sum of an output
 constexpr int kTile = 6;        // query rows that are scored together; divides 66, 258 and 1026, the rows of images
-constexpr int kBlockWidth = 5;  // q_start, q_end, k_start, k_end, causal
+constexpr int kBlockWidth = 7;  // q_start, q_end, k_start, k_end, causal, past_start, past_end
 
 constexpr int32_t kLane[kLanes] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 struct Problem {
   ScalarType dtype;
-  Heads q, k, v;
+  Heads q, k, v, past_k, past_v;
   void* out;  // [T, heads, dim], contiguous
   int64_t heads;
   int dim;
@@ -145,39 +145,59 @@ UNIF2ACE_INLINE float exponentials(float* score, int64_t wide, float highest) {
   return sum.sum();
 }
 
-// A head's keys as [dim, keys] and its values as [keys, dim], zeros where they are padded: nobody sees the padding, but
-// it is multiplied. Returns where the values stand, and their row stride: float32 rows of whole vectors stay in place.
+// The keys that a block sees, counted from 0: `past` of the cache, then those of the batch.
+struct Keys {
+  int64_t past, past_start, k_start;
+
+  explicit Keys(const int64_t* block) : past(block[6] - block[5]), past_start(block[5]), k_start(block[2]) {}
+};
+
+// Key or value j of a block, wherever it lies.
 template <class F>
-UNIF2ACE_INLINE std::pair<const float*, int64_t> prepare(const Problem& a, int64_t k_start, int64_t k_len, int64_t head,
-                                                         const Scratch& s) {
+UNIF2ACE_INLINE void load_key(const Problem& a, const Keys& keys, const Heads& past, const Heads& own, int64_t j,
+                              int64_t head, float* to) {
+  if (j < keys.past)
+    load_head<F>(a, past, keys.past_start + j, head, to);
+  else
+    load_head<F>(a, own, keys.k_start + j - keys.past, head, to);
+}
+
+// A head's keys as [dim, keys] and its values as [keys, dim], zeros where they are padded: nobody sees the padding, but
+// it is multiplied. Returns where the values stand, and their row stride: float32 rows of whole vectors stay in place,
+// if they follow each other.
+template <class F>
+UNIF2ACE_INLINE std::pair<const float*, int64_t> prepare(const Problem& a, const Keys& keys, int64_t k_len,
+                                                         int64_t head, const Scratch& s) {
   const int64_t keys_wide = padded(k_len), wide = padded(a.dim);
   const bool in_place = a.dtype == ScalarType::Float && a.dim == wide;
   for (int64_t j = 0; j < keys_wide; j += 4) {
     const float* rows = s.out;  // not in use yet: room for kTile rows
     int64_t stride = wide;
-    if (in_place && j + 4 <= k_len) {
-      rows = static_cast<const float*>(a.k.data) + a.k.at(k_start + j, head);
+    if (in_place && j >= keys.past && j + 4 <= k_len) {
+      rows = static_cast<const float*>(a.k.data) + a.k.at(keys.k_start + j - keys.past, head);
       stride = a.k.stride_token;
     } else {
       for (int64_t r = 0; r < 4; ++r)
         if (j + r < k_len)
-          load_head<F>(a, a.k, k_start + j + r, head, s.out + r * wide);
+          load_key<F>(a, keys, a.past_k, a.k, j + r, head, s.out + r * wide);
         else
           for (int64_t d = 0; d < wide; ++d) s.out[r * wide + d] = 0.0f;
     }
     transpose_rows(rows, stride, wide, s.keys + j, keys_wide);
   }
-  if (in_place) return {static_cast<const float*>(a.v.data) + a.v.at(k_start, head), a.v.stride_token};
-  for (int64_t j = 0; j < k_len; ++j) load_head<F>(a, a.v, k_start + j, head, s.values + j * wide);
+  if (in_place && keys.past == 0)
+    return {static_cast<const float*>(a.v.data) + a.v.at(keys.k_start, head), a.v.stride_token};
+  for (int64_t j = 0; j < k_len; ++j) load_key<F>(a, keys, a.past_v, a.v, j, head, s.values + j * wide);
   return {s.values, wide};
 }
 
 template <class F>
 UNIF2ACE_INLINE void attend(const Problem& a, const int64_t* block, int64_t head, const Scratch& s) {
-  const int64_t q_start = block[0], q_len = block[1] - block[0], k_start = block[2], k_len = block[3] - block[2];
+  const Keys keys(block);
+  const int64_t q_start = block[0], q_len = block[1] - block[0], k_len = keys.past + block[3] - block[2];
   const bool causal = block[4] != 0;
   const int64_t keys_wide = padded(k_len), wide = padded(a.dim);
-  const auto [values, values_stride] = prepare<F>(a, k_start, k_len, head, s);
+  const auto [values, values_stride] = prepare<F>(a, keys, k_len, head, s);
   for (int64_t first = 0; first < q_len; first += kTile) {
     const int64_t live = std::min<int64_t>(kTile, q_len - first);
     for (int64_t r = 0; r < kTile; ++r) {  // a short last tile repeats its last row
@@ -217,35 +237,50 @@ UNIF2ACE_INLINE void attend_body(const Problem& a, int64_t begin, int64_t end, c
 UNIF2ACE_MULTIVERSION(run_attend, attend_body, (const Problem& a, int64_t begin, int64_t end, const Scratch& scratch),
                       (a, begin, end, scratch))
 
-Tensor omni_attention(const Tensor& q, const Tensor& k, const Tensor& v, std::vector<int64_t> blocks, double scale) {
-  check_float("omni_attention", "q", q);
-  check(q.dim() == 3 && k.dim() == 3 && v.dim() == 3, "omni_attention: q, k and v must be [rows, heads, dim]");
+void check_keys(const char* names, const Tensor& q, const Tensor& k, const Tensor& v) {
   for (const Tensor* x : {&k, &v})
-    check(x->scalar_type() == q.scalar_type() && x->size(0) == k.size(0) && x->size(1) == q.size(1) &&
+    check(x->dim() == 3 && x->scalar_type() == q.scalar_type() && x->size(0) == k.size(0) && x->size(1) == q.size(1) &&
               x->size(2) == q.size(2),
-          "omni_attention: k and v must have one shape, and the heads, dim and dtype of q");
-  check(blocks.size() % kBlockWidth == 0, "omni_attention: a block is five numbers, got ", blocks.size(), " in all");
+          "omni_attention: ", names, " must have one shape, and the heads, dim and dtype of q");
+}
+
+bool is_range(int64_t start, int64_t end, int64_t size) {
+  return 0 <= start && start <= end && end <= size;
+}
+
+// Blocks of seven numbers; `past_k` and `past_v` may be `k` and `v` where no block has a past.
+Tensor attend_blocks(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& past_k, const Tensor& past_v,
+                     const std::vector<int64_t>& blocks, double scale) {
+  check_float("omni_attention", "q", q);
+  check(q.dim() == 3, "omni_attention: q must be [rows, heads, dim]");
+  check_keys("k and v", q, k, v);
+  check_keys("the past's k and v", q, past_k, past_v);
   const int64_t count = static_cast<int64_t>(blocks.size()) / kBlockWidth, rows = q.size(0), heads = q.size(1);
   int64_t longest = 0, covered = 0;
   for (int64_t b = 0; b < count; ++b) {
     const int64_t* block = blocks.data() + b * kBlockWidth;
     // Ranges first: their lengths are differences that then cannot overflow.
-    const bool inside = 0 <= block[0] && block[0] <= block[1] && block[1] <= rows && 0 <= block[2] &&
-                        block[2] <= block[3] && block[3] <= k.size(0);
-    const int64_t q_len = inside ? block[1] - block[0] : 0, k_len = inside ? block[3] - block[2] : 0;
+    const bool inside = is_range(block[0], block[1], rows) && is_range(block[2], block[3], k.size(0)) &&
+                        is_range(block[5], block[6], past_k.size(0));
+    const int64_t q_len = inside ? block[1] - block[0] : 0, past = inside ? block[6] - block[5] : 0;
+    const int64_t k_len = inside ? block[3] - block[2] + past : 0;
     check(inside && (q_len == 0 || k_len >= (block[4] != 0 ? q_len : 1)), "omni_attention: block (", block[0], ", ",
-          block[1], ", ", block[2], ", ", block[3], ") does not fit ", rows, " queries and ", k.size(0), " keys");
+          block[1], ", ", block[2], ", ", block[3], ") with the past (", block[5], ", ", block[6], ") does not fit ",
+          rows, " queries, ", k.size(0), " keys and ", past_k.size(0), " of the past");
     longest = std::max(longest, k_len);
     covered += q_len;
   }
   check(covered == rows, "omni_attention: blocks cover ", covered, " of ", rows, " query rows");
 
   const Tensor q_dense = dense_heads(q), k_dense = dense_heads(k), v_dense = dense_heads(v);
+  const Tensor past_k_dense = dense_heads(past_k), past_v_dense = dense_heads(past_v);
   Tensor out = empty_cpu<3>({rows, heads, q.size(2)}, aoti_dtype(q));
   const Problem a{q.scalar_type(),
                   heads_of(q_dense),
                   heads_of(k_dense),
                   heads_of(v_dense),
+                  heads_of(past_k_dense),
+                  heads_of(past_v_dense),
                   out.mutable_data_ptr(),
                   heads,
                   static_cast<int>(q.size(2)),
@@ -258,9 +293,28 @@ Tensor omni_attention(const Tensor& q, const Tensor& k, const Tensor& v, std::ve
   return out;
 }
 
+Tensor omni_attention(const Tensor& q, const Tensor& k, const Tensor& v, std::vector<int64_t> blocks, double scale) {
+  constexpr int64_t width = kBlockWidth - 2;
+  check(blocks.size() % width == 0, "omni_attention: a block is five numbers, got ", blocks.size(), " in all");
+  std::vector<int64_t> with_past;
+  for (size_t at = 0; at < blocks.size(); at += width) {
+    with_past.insert(with_past.end(), blocks.begin() + at, blocks.begin() + at + width);
+    with_past.insert(with_past.end(), {0, 0});
+  }
+  return attend_blocks(q, k, v, k, v, with_past, scale);
+}
+
+Tensor omni_attention_past(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& past_k,
+                           const Tensor& past_v, std::vector<int64_t> blocks, double scale) {
+  check(blocks.size() % kBlockWidth == 0, "omni_attention: a block with a past is seven numbers, got ", blocks.size(),
+        " in all");
+  return attend_blocks(q, k, v, past_k, past_v, blocks, scale);
+}
+
 }  // namespace
 }  // namespace unif2ace::omni_attention
 
 STABLE_TORCH_LIBRARY_IMPL(unif2ace_native, CPU, m) {
   m.impl("omni_attention", TORCH_BOX(&unif2ace::omni_attention::omni_attention));
+  m.impl("omni_attention_past", TORCH_BOX(&unif2ace::omni_attention::omni_attention_past));
 }

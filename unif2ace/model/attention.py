@@ -10,8 +10,8 @@ the attention itself knows about sequences, through the blocks of the layout.
 
 The cache holds keys *after* LayerNorm and rotary, so a cached row is never touched again. It is one buffer
 [layers, rows, max_length, heads, head_dim]; a layer's slice, flattened to [rows * max_length, ...], is what the
-attention blocks of a decoding step address. The rows of an image being generated see text keys of the cache and their
-own, which are put side by side for one layer at a time: small enough to stay in a processor's caches.
+attention blocks of a decoding step address. The rows of an image being generated see the text's keys there and their
+own, which are never stored.
 """
 
 from __future__ import annotations
@@ -82,22 +82,14 @@ class KVCache:
             buffer[:, row, :length] = rows
 
     def extend(self, layer: int, access: CacheAccess, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store those of the new rows [T, heads, head_dim] that stay; keys and values for the blocks of `access`."""
-        both = []
-        for buffer, new in ((self.keys, key), (self.values, value)):
-            stored = buffer[layer].flatten(0, 1)
-            if access.stored is None:
-                stored.index_copy_(0, access.slots, new)
-                new = stored
-            elif len(access.slots):
-                stored.index_copy_(0, access.slots, new.index_select(0, access.stored))
-            if access.join is not None:
-                joined = new.new_empty(access.join.rows, *new.shape[1:])
-                joined.index_copy_(0, access.join.own, new)
-                joined.index_copy_(0, access.join.past, stored.index_select(0, access.join.source))
-                new = joined
-            both.append(new)
-        return both[0], both[1]
+        """Store those of the new rows [T, heads, head_dim] that stay; the layer's flattened keys and values."""
+        layer_keys, layer_values = self.keys[layer].flatten(0, 1), self.values[layer].flatten(0, 1)
+        for stored, new in ((layer_keys, key), (layer_values, value)):
+            if len(access.slots):
+                stored.index_copy_(
+                    0, access.slots, new if access.stored is None else new.index_select(0, access.stored)
+                )
+        return layer_keys, layer_values
 
 
 class Attention(nn.Module):
@@ -123,9 +115,12 @@ class Attention(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, layout: Layout, cache: KVCache | None, layer: int
     ) -> Tensor:
         """What `project` gave -> [T, H]."""
-        blocks = layout.blocks
+        blocks, past = layout.blocks, None
         if cache is not None:
             access = layout.cache_access(cache.max_length)
-            key, value = cache.extend(layer, access, key, value)
-            blocks = access.blocks
-        return self.out(omni_attention(query, key, value, blocks).flatten(1))
+            blocks, stored = access.blocks, cache.extend(layer, access, key, value)
+            if access.stored is None:
+                key, value = stored
+            elif access.past:
+                past = stored
+        return self.out(omni_attention(query, key, value, blocks, past=past).flatten(1))
