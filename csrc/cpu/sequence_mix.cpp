@@ -47,6 +47,7 @@ struct Problem {
   std::vector<Rows> streams;    // x, S_0, S_1, ..
   std::vector<float> factors;   // [B, 1 + J]: a, c_0, c_1, ..
   std::vector<int64_t> offset;  // [B + 1]
+  std::vector<int64_t> shift;   // [B]: row r of a sequence reads row r + shift of the features
   float layer_scale;
 
   int64_t count() const { return static_cast<int64_t>(streams.size()); }
@@ -87,16 +88,16 @@ UNIF2ACE_INLINE void store_lanes(T* to, F x, int n) {
     store_some(to, x, n);
 }
 
-// Columns c .. of row r: `vectors` whole vectors, or n columns of one.
+// Columns c .. of row r of x and row f of the features: `vectors` whole vectors, or n columns of one.
 template <class F, class T, int vectors, bool whole>
-UNIF2ACE_INLINE void mix_columns(const Problem& a, int64_t r, const float* factor, const T* residual, T* out, int64_t c,
-                                 int n) {
+UNIF2ACE_INLINE void mix_columns(const Problem& a, int64_t r, int64_t f, const float* factor, const T* residual, T* out,
+                                 int64_t c, int n) {
   F total[vectors];
   for (int v = 0; v < vectors; ++v)
     total[v] = load_lanes<whole, F>(a.streams[0].row<T>(r) + c + v * kWidth<F>, n) * factor[0];
   for (int64_t j = 1; j < a.count(); ++j)
     for (int v = 0; v < vectors; ++v)
-      total[v] = total[v] + load_lanes<whole, F>(a.streams[j].row<T>(r) + c + v * kWidth<F>, n) * factor[j];
+      total[v] = total[v] + load_lanes<whole, F>(a.streams[j].row<T>(f) + c + v * kWidth<F>, n) * factor[j];
   for (int v = 0; v < vectors; ++v) {
     total[v] = total[v] * a.layer_scale;
     if (residual != nullptr) total[v] = load_lanes<whole, F>(residual + c + v * kWidth<F>, n) + total[v];
@@ -120,11 +121,12 @@ UNIF2ACE_INLINE void forward_rows(const Forward& forward, int64_t begin, int64_t
       continue;
     }
     const float* factor = a.factors.data() + sequence * a.count();
+    const int64_t f = r + a.shift[sequence];
     int64_t c = 0;
     for (; c + kBlock <= a.hidden; c += kBlock)
-      mix_columns<F, T, kBlock / kWidth<F>, true>(a, r, factor, residual, out, c, 0);
-    for (; c + kWidth<F> <= a.hidden; c += kWidth<F>) mix_columns<F, T, 1, true>(a, r, factor, residual, out, c, 0);
-    if (c < a.hidden) mix_columns<F, T, 1, false>(a, r, factor, residual, out, c, static_cast<int>(a.hidden - c));
+      mix_columns<F, T, kBlock / kWidth<F>, true>(a, r, f, factor, residual, out, c, 0);
+    for (; c + kWidth<F> <= a.hidden; c += kWidth<F>) mix_columns<F, T, 1, true>(a, r, f, factor, residual, out, c, 0);
+    if (c < a.hidden) mix_columns<F, T, 1, false>(a, r, f, factor, residual, out, c, static_cast<int>(a.hidden - c));
   }
 }
 
@@ -193,16 +195,17 @@ UNIF2ACE_INLINE void backward_body(const Backward& a, int64_t begin, int64_t end
 UNIF2ACE_MULTIVERSION(run_forward, forward_body, (const Forward& a, int64_t begin, int64_t end), (a, begin, end))
 UNIF2ACE_MULTIVERSION(run_backward, backward_body, (const Backward& a, int64_t begin, int64_t end), (a, begin, end))
 
-Rows rows_like_x(const char* name, const Tensor& tensor, const Tensor& x) {
-  check(tensor.dim() == 2 && tensor.size(0) == x.size(0) && tensor.size(1) == x.size(1) &&
+Rows stream_like_x(const char* name, const Tensor& tensor, const Tensor& x, int64_t rows) {
+  check(tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == x.size(1) &&
             tensor.scalar_type() == x.scalar_type(),
-        "mix_sequences: ", name, " must have the shape and dtype of x");
+        "mix_sequences: ", name, " must have ", rows, " rows of the width and dtype of x");
   return Rows(tensor);
 }
 
 // Checks everything that memory safety hangs on.
 Problem make_problem(const Tensor& x, const Tensor& scale, const std::vector<Tensor>& features,
-                     const Tensor& coefficients, const Tensor& row_offsets, const std::optional<Tensor>& layer_scale) {
+                     const Tensor& coefficients, const Tensor& row_offsets, const std::optional<Tensor>& layer_scale,
+                     const std::optional<Tensor>& feature_starts = std::nullopt) {
   check_float("mix_sequences", "x", x);
   check(x.dim() == 2, "mix_sequences: x must be [R, H], got ", x.dim(), " dimensions");
   const int64_t batch = scale.numel(), count = static_cast<int64_t>(features.size());
@@ -211,9 +214,10 @@ Problem make_problem(const Tensor& x, const Tensor& scale, const std::vector<Ten
         "mix_sequences: coefficients must be [", batch, ", ", count, "]");
   check(!layer_scale || layer_scale->numel() == 1, "mix_sequences: layer_scale must be one number");
 
-  Problem problem{x.scalar_type(), x.size(0), x.size(1), batch, {}, {}, {}, 1.0f};
+  Problem problem{x.scalar_type(), x.size(0), x.size(1), batch, {}, {}, {}, {}, 1.0f};
   problem.streams.emplace_back(x);
-  for (const Tensor& feature : features) problem.streams.push_back(rows_like_x("features", feature, x));
+  const int64_t feature_rows = feature_starts && count > 0 ? features[0].size(0) : problem.rows;
+  for (const Tensor& feature : features) problem.streams.push_back(stream_like_x("features", feature, x, feature_rows));
   const std::vector<float> a = read_floats("mix_sequences", "scale", scale);
   const std::vector<float> c = read_floats("mix_sequences", "coefficients", coefficients);
   for (int64_t b = 0; b < batch; ++b) {
@@ -227,13 +231,26 @@ Problem make_problem(const Tensor& x, const Tensor& scale, const std::vector<Ten
   check(problem.offset[0] == 0 && std::is_sorted(problem.offset.begin(), problem.offset.end()) &&
             problem.offset[batch] <= problem.rows,
         "mix_sequences: row_offsets must not decrease, from 0 to at most ", problem.rows, " rows");
+
+  problem.shift.assign(batch, 0);
+  if (feature_starts && count > 0) {
+    const Tensor starts = argument("mix_sequences", "feature_starts", *feature_starts, ScalarType::Int, batch);
+    for (int64_t b = 0; b < batch; ++b) {
+      const int64_t start = pointer<int32_t>(starts)[b], length = problem.offset[b + 1] - problem.offset[b];
+      check(start >= 0 && start + length <= feature_rows, "mix_sequences: feature_starts and lengths must stay within ",
+            feature_rows, " rows, got ", start, " and ", length);
+      problem.shift[b] = start - problem.offset[b];
+    }
+  }
   return problem;
 }
 
 Tensor mix_sequences(const Tensor& x, const Tensor& scale, std::vector<Tensor> features, const Tensor& coefficients,
-                     const Tensor& row_offsets, std::optional<Tensor> residual, std::optional<Tensor> layer_scale) {
-  Forward a{make_problem(x, scale, features, coefficients, row_offsets, layer_scale), std::nullopt, nullptr};
-  if (residual) a.residual = rows_like_x("residual", *residual, x);
+                     const Tensor& row_offsets, std::optional<Tensor> residual, std::optional<Tensor> layer_scale,
+                     std::optional<Tensor> feature_starts) {
+  Forward a{make_problem(x, scale, features, coefficients, row_offsets, layer_scale, feature_starts), std::nullopt,
+            nullptr};
+  if (residual) a.residual = stream_like_x("residual", *residual, x, x.size(0));
   Tensor out = empty_large<2>({a.problem.rows, a.problem.hidden}, aoti_dtype(x));
   a.out = out.mutable_data_ptr();
   torch::stable::parallel_for(0, a.problem.rows, a.problem.grain(),
@@ -245,7 +262,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mix_sequences_backward(
     const Tensor& grad, const Tensor& x, const Tensor& scale, std::vector<Tensor> features, const Tensor& coefficients,
     const Tensor& row_offsets, std::optional<Tensor> layer_scale) {
   Backward a{make_problem(x, scale, features, coefficients, row_offsets, layer_scale),
-             rows_like_x("grad", grad, x),
+             stream_like_x("grad", grad, x, x.size(0)),
              {},
              nullptr};
   const Problem& problem = a.problem;

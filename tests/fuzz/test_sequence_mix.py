@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -55,6 +57,35 @@ def test_well_formed(rows, hidden, batch, count, spare, dtype, special, data):
     compare_runs(run, source, inputs, slack=1e-4)
 
 
+@fuzz
+@given(
+    rows=sizes,
+    hidden=sizes,
+    batch=st.integers(1, 5),
+    count=st.integers(0, 3),
+    more=st.integers(1, 9),
+    dtype=dtypes,
+    data=st.data(),
+)
+def test_shared_features(rows, hidden, batch, count, more, dtype, data):
+    source = Source(data)
+    cut = source.cut(rows, batch, "row_offsets")
+    offsets = source.layout(torch.tensor(cut), "row_offsets", expand=False)
+    inputs = numbers(source, rows, hidden, batch, count, dtype, False)
+    lengths = [end - start for start, end in pairwise(cut)]
+    shared = max(lengths) + more
+    inputs |= {f"s{j}": source.floats(f"shared{j}", shared, hidden, dtype=dtype) for j in range(count)}
+    starts = [source.draw(st.integers(0, shared - length), "start") for length in lengths]
+    feature_starts = source.layout(torch.tensor(starts), "feature_starts", expand=False)
+
+    def run(backend: str, **tensors: Tensor) -> tuple[Tensor]:
+        features = [tensors.pop(f"s{j}") for j in range(count)]
+        options = {"row_offsets": offsets, "feature_starts": feature_starts, "backend": backend}
+        return (mix_sequences(**tensors, features=features, **options),)
+
+    compare_runs(run, source, inputs, slack=1e-4)
+
+
 def spoil_offsets(source: Source, offsets: list[int], rows: int) -> Tensor:
     """Offsets that do not rise from 0 to at most `rows`."""
     kind = source.draw(st.sampled_from(["start", "end", "fall"]), "spoilt offsets")
@@ -74,7 +105,9 @@ def spoil_offsets(source: Source, offsets: list[int], rows: int) -> Tensor:
     hidden=some,
     batch=st.integers(1, 4),
     count=st.integers(0, 2),
-    what=st.sampled_from(["offsets", "dtype", "x", "scale", "features", "coefficients", "residual", "layer_scale"]),
+    what=st.sampled_from(
+        ["offsets", "dtype", "x", "scale", "features", "coefficients", "residual", "layer_scale", "feature_starts"]
+    ),
     backward=st.booleans(),
     data=st.data(),
 )
@@ -89,6 +122,7 @@ def test_malformed(rows, hidden, batch, count, what, backward, data):
         "row_offsets": torch.tensor(cut, dtype=torch.int32),
         "residual": torch.zeros(rows, hidden),
         "layer_scale": torch.ones(1),
+        "feature_starts": None,
     }
     if what == "offsets":
         arguments["row_offsets"] = spoil_offsets(source, cut, rows)
@@ -96,6 +130,12 @@ def test_malformed(rows, hidden, batch, count, what, backward, data):
         arguments["row_offsets"] = arguments["row_offsets"].long()
     elif what == "layer_scale":
         arguments["layer_scale"] = torch.ones(source.draw(st.sampled_from([0, 2]), "length"))
+    elif what == "feature_starts":
+        bad = source.draw(st.sampled_from([-(2**31), -1, rows + 1, 2**31 - 1]), "start")
+        arguments["features"] = [torch.zeros(rows, hidden)]
+        arguments["coefficients"] = torch.zeros(batch, 1)
+        arguments["feature_starts"] = torch.full((batch,), bad, dtype=torch.int32)
+        backward = False  # has no such argument
     elif what == "features":
         arguments["features"].append(torch.zeros(rows, hidden + 1))
     else:
@@ -104,7 +144,7 @@ def test_malformed(rows, hidden, batch, count, what, backward, data):
         grad = torch.zeros(rows, hidden)
         if what == "residual":
             grad = arguments["residual"]
-        del arguments["residual"]
+        del arguments["residual"], arguments["feature_starts"]
         assert_refused("mix_sequences_backward", grad, *arguments.values())
     else:
         assert_refused("mix_sequences", *arguments.values())

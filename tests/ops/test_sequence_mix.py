@@ -47,10 +47,13 @@ def problem(shape: MixShape, full: bool = True, spare: int = 0) -> tuple[Tensors
     return tensors, torch.tensor([0, *accumulate(shape.lengths)], dtype=torch.int32)
 
 
-def run_mix(tensors: Tensors, row_offsets: torch.Tensor, backend: str | None) -> torch.Tensor:
+def run_mix(
+    tensors: Tensors, row_offsets: torch.Tensor, backend: str | None, feature_starts: torch.Tensor | None = None
+) -> torch.Tensor:
     tensors = dict(tensors)
     features = [tensors.pop(f"s{j}") for j in range(tensors["coefficients"].shape[1])]
-    return mix_sequences(**tensors, features=features, row_offsets=row_offsets, backend=backend)
+    options = {"feature_starts": feature_starts, "backend": backend}
+    return mix_sequences(**tensors, features=features, row_offsets=row_offsets, **options)
 
 
 def mix_row_by_row(tensors: Tensors, row_offsets: torch.Tensor) -> torch.Tensor:
@@ -84,6 +87,43 @@ def test_values_and_gradients(backend: str, shape: MixShape, full: bool, dtype: 
 
     assert_matches_reference(run, tensors, dtype, backend)
     assert_matches_reference(run, tensors, dtype, backend, keep=("scale", "coefficients", "layer_scale"))
+
+
+SHARED = {  # lengths, rows of the features, where each sequence begins in them
+    "one for all": ((7, 7, 7), 7, [0, 0, 0]),
+    "two in turn": ((6, 6, 6, 6), 12, [6, 0, 6, 0]),
+    "overlapping": ((5, 0, 3, 9), 11, [2, 11, 0, 1]),
+    "more than rows": ((2, 3), 40, [37, 5]),
+    "no rows": ((0, 0), 0, [0, 0]),
+}
+each_sharing = pytest.mark.parametrize(("lengths", "rows", "starts"), SHARED.values(), ids=SHARED.keys())
+
+
+@each_sharing
+@each_case
+def test_shared_features(backend: str, dtype: torch.dtype, lengths: tuple[int, ...], rows: int, starts: list[int]):
+    """Bits and gradients are those of features gathered for every row before."""
+    tensors, offsets = problem(MixShape(lengths, 37, 2), spare=2 if rows else 0)
+    index = torch.cat([*(torch.arange(s, s + n) for s, n in zip(starts, lengths, strict=True)), offsets.new_zeros(2)])
+    tensors |= {name: torch.randn(rows, 37) for name in ("s0", "s1")}
+    starts = torch.tensor(starts)
+
+    def run(backend: str, **tensors: torch.Tensor) -> tuple[torch.Tensor]:
+        return (run_mix(tensors, offsets, backend, feature_starts=starts),)
+
+    assert_matches_reference(run, tensors, dtype, backend)
+    own = tensors | {name: tensors[name][index[: len(tensors["x"])]] for name in ("s0", "s1")}
+    assert torch.equal(*run(backend, **tensors), run_mix(own, offsets, backend))
+
+
+@each_backend
+def test_shared_features_of_any_layout(backend: str):
+    tensors, offsets = problem(MixShape((4, 3), 12, 2))
+    tensors |= {name: noncontiguous(torch.randn(5, 12)) for name in ("s0", "s1")}
+    starts = torch.tensor([1, 9, 2])[::2]
+    dense = {name: x.contiguous() for name, x in tensors.items()}
+    expected = run_mix(dense, offsets, "reference", feature_starts=torch.tensor([1, 2]))
+    torch.testing.assert_close(run_mix(tensors, offsets, backend, feature_starts=starts), expected)
 
 
 @each_backend
@@ -209,6 +249,25 @@ def test_bad_row_offsets_harm_nobody_where_values_are_unknown(offsets: list[int]
 
 
 @needs_native
+@pytest.mark.parametrize("starts", [[-1, 0], [0, 2], [5, 0], [0, -(2**31)], [2**31 - 1, 0]])
+def test_bad_feature_starts_are_refused(starts: list[int]):
+    tensors, offsets = problem(MixShape((2, 3), 4, 1))
+    tensors["s0"] = torch.randn(4, 4)
+    with pytest.raises(UserError, match="mix_sequences: feature_starts and lengths must stay within 4 rows"):
+        run_mix(tensors, offsets, "native", feature_starts=torch.tensor(starts))
+
+
+@pytest.mark.parametrize("starts", [[-1, 0], [0, 2], [5, 0], [0, -(2**31)], [2**31 - 1, 0]])
+@pytest.mark.parametrize("offsets", [[0, 2, 5], [0, -(2**31), 2**31 - 1]])
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "native"])
+def test_bad_feature_starts_harm_nobody_where_values_are_unknown(backend: str, starts: list[int], offsets: list[int]):
+    tensors, _ = problem(MixShape((2, 3), 4, 1))
+    tensors["s0"] = torch.randn(6, 4)[1:5]
+    result = run_mix(tensors, torch.tensor(offsets), backend, feature_starts=torch.tensor(starts))
+    assert result.isfinite().all()
+
+
+@needs_native
 def test_same_bits_for_any_number_of_threads():
     tensors, offsets = problem(MixShape((300, 0, 77, 513), 130, 2), spare=3)
 
@@ -271,7 +330,9 @@ def test_opcheck(backend: str, full: bool):
     features = [t["s0"], t["s1"], t["s2"]]
     head = (t["x"], t["scale"], features, t["coefficients"], offsets)
     op = _registry.registered(backend, "mix_sequences")
-    torch.library.opcheck(op, (*head, t.get("residual"), t.get("layer_scale")))
+    torch.library.opcheck(op, (*head, t.get("residual"), t.get("layer_scale"), None))
+    starts = torch.zeros(len(t["scale"]), dtype=torch.int32)
+    torch.library.opcheck(op, (*head, t.get("residual"), t.get("layer_scale"), starts))
     grad = torch.randn_like(t["x"])
     torch.library.opcheck(_registry.registered(backend, "mix_sequences_backward"), (grad, *head, t.get("layer_scale")))
 
@@ -293,6 +354,19 @@ def test_compiles_into_one_graph(backend: str):
         torch.testing.assert_close(compiled(tensors), loss(tensors))
 
 
+@pytest.mark.parametrize("gradients", [False, True])
+@each_backend
+def test_shared_features_compile_into_one_graph(backend: str, gradients: bool):
+    tensors, offsets = problem(MixShape((4, 4), 5, 1))
+    tensors["s0"] = torch.randn(4, 5).requires_grad_(gradients)
+
+    def run(tensors: Tensors) -> torch.Tensor:
+        return run_mix(tensors, offsets, backend, feature_starts=torch.zeros(2, dtype=torch.int32))
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(tensors), run(tensors))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -303,6 +377,20 @@ def test_compiles_into_one_graph(backend: str):
         ({"row_offsets": torch.zeros(2, dtype=torch.int32)}, r"row_offsets must be \[3\] integer, got \[2\] int32"),
         ({"features": [torch.zeros(3, 4)]}, r"features\[0\] must be like x, \[5, 4\] float32, got \[3, 4\] float32"),
         ({"residual": torch.zeros(5, 4).half()}, "residual must be like x"),
+        ({"feature_starts": torch.zeros(2)}, r"feature_starts must be \[2\] integer, got \[2\] float32"),
+        ({"feature_starts": torch.zeros(3).int()}, r"feature_starts must be \[2\] integer, got \[3\] int32"),
+        (
+            {"feature_starts": torch.zeros(2).int(), "features": [torch.zeros(0, 4)]},
+            r"features\[0\] must be \[F, 4\] float32, with the same F > 0 for every feature, got \[0, 4\] float32",
+        ),
+        (
+            {
+                "feature_starts": torch.zeros(2).int(),
+                "features": [torch.zeros(3, 4), torch.zeros(2, 4)],
+                "coefficients": torch.zeros(2, 2),
+            },
+            r"features\[1\] must be \[F, 4\] float32, with the same F .*, got \[2, 4\] float32",
+        ),
         ({"layer_scale": torch.zeros(4)}, "layer_scale must be one floating point number"),
     ],
 )

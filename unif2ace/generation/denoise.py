@@ -5,6 +5,7 @@ The codes are those of plain.py; the work is less, by savings that are exact:
     text               keys and values computed once per prompt, the empty prompt's once per model        prefix.py
     step 0             computed once per prompt, without guidance's half: that one is a constant          prefix.py
     first layer        its token-wise part once per token, not per step                                   first_layer.py
+    noise expert       what it adds, a function of the mask ratio, once per different ratio       model/sequence_moe.py
     guidance           folded before the head, which is linear: z = W [(1 + w) h_c - w h_u] + b           head_sample
     head, last norm    on rows of unknown tokens only, two thirds of them on average
     sampling           one pass over the logits of a chunk of rows, while they are in the cache           head_sample
@@ -46,6 +47,7 @@ def run_step(model: UniF2ace, slots: Slots, plan: StepPlan) -> None:
             slots.first_layer.read(plan.halves),
             plan.layout,
             mask_ratio=plan.mask_ratio,
+            ratio_of_image=plan.ratio_of_image,
             cache=slots.cache,
             rows=plan.wanted_row + slots.order[plan.wanted],
         )

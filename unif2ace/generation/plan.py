@@ -5,6 +5,8 @@ draws its 3 unknown tokens and leaves 1 of them unknown; the step before drew on
 (only the device knows): `Slots.order` holds [1, 3, 4, 2, 0, 5] from place 6 on, the token drawn last behind them.
 
     sequences      conditional half in cache row 1, unconditional half in cache row 2 + 1: rows 0 .. 5 and 6 .. 11
+    mask_ratio     [3 / 4]              the different ones, and
+    ratio_of_image [0, 0]               which of them each half has
     changed        [9, 9]               one token is new, in both halves: order[9] = 2
     wanted         [6, 7, 8, 6, 7, 8]   hidden rows are wanted of tokens 1, 3, 4, each at
     wanted_row     [0, 0, 0, 6, 6, 6]   this row of the pass + order[wanted]
@@ -37,7 +39,8 @@ class StepPlan:
 
     layout: Layout | None  # None: no image needs a pass
     halves: slice | Tensor  # rows of the cache, one for each sequence: a range or [S]
-    mask_ratio: Tensor  # [S]
+    mask_ratio: Tensor  # [D] different ones
+    ratio_of_image: Tensor  # [S] in 0 .. D - 1
     changed: Tensor  # [C] into Slots.order: rows whose token is new since the last pass, and for row 0 of their image
     changed_token: Tensor  # [C] its place in Slots.tokens,
     changed_position: Tensor  # [C] its position in the sequence and
@@ -88,6 +91,8 @@ def plan_step(slots: Slots, drawings: Sequence[Drawing]) -> StepPlan:
     wanted = [d.step.unknown for d, *_ in passing]
     changed = [d.changed(rows) for d, *_ in passing]
     num_changed = [last - first for first, last in changed]
+    ratio_of = [d.step.unknown / (rows - 2) for d, *_ in passing] + [1.0] * added
+    ratios = {ratio: i for i, ratio in enumerate(dict.fromkeys(ratio_of))}
     host = {
         "changed": ranges(
             [d.slot * rows + first for (d, *_), (first, _) in zip(passing, changed, strict=True)], num_changed
@@ -108,15 +113,15 @@ def plan_step(slots: Slots, drawings: Sequence[Drawing]) -> StepPlan:
         "number": torch.tensor([d.done for d in drawings]),
         "keep": torch.tensor(keep),
         "offsets": torch.tensor(offsets),
+        "ratio_of_image": torch.tensor([ratios[ratio] for ratio in ratio_of], dtype=torch.int64),
     }
     device = slots.tokens.device
     moved = torch.cat(list(host.values())).to(device, non_blocking=True).split([len(x) for x in host.values()])
     edges = [i for i, d in enumerate(drawings) if not i or _sampling(d) != _sampling(drawings[i - 1])]
-    ratios = [d.step.unknown / (rows - 2) for d, *_ in passing] + [1.0] * added
     return StepPlan(
         layout=slots.layout(sequences) if sequences else None,
         halves=_range_or_indices([sequence.cache_row for sequence in sequences], device),
-        mask_ratio=torch.tensor(ratios, dtype=torch.float32).to(device, non_blocking=True),
+        mask_ratio=torch.tensor(list(ratios), dtype=torch.float32).to(device, non_blocking=True),
         prefixes=tuple(hidden for _, hidden in shared.values()),
         groups=tuple(
             (offsets[first], offsets[last], *_sampling(drawings[first]))

@@ -15,8 +15,8 @@ with learned queries Q (one per image row) at a low width r. The residual Q lets
 row (noise, face); there the softmax runs over one key and is exactly 1, so W_k does not exist.
 
 F: noise = sinusoidal embedding of the mask ratio through an MLP (shared by all layers); clip, face = what the encoders
-give. S(clip) and S(face) do not depend on x: a caller who keeps an image computes them once
-(`UniF2ace.sequence_memory`).
+give. No S depends on x: a caller who keeps an image computes S(clip) and S(face) once (`UniF2ace.sequence_memory`), and
+images of one mask ratio share S(noise).
 Cost per image: rows * r * (H + rows of F) multiply-adds per feature.
 """
 
@@ -28,7 +28,7 @@ from torch.nn import functional
 
 from unif2ace.config import FEATURE_EXPERTS, TASKS, UniF2aceConfig
 from unif2ace.layout import Layout
-from unif2ace.model.linear import ImageLinear, Linear
+from unif2ace.model.linear import ImageLinear
 from unif2ace.model.token_moe import router_logits
 from unif2ace.ops import RoutingPlan, mix_sequences, route
 
@@ -63,7 +63,7 @@ class Resampler(nn.Module):
         self.key = ImageLinear(width, low) if rows > 1 else None
         self.value = ImageLinear(width, low)
         self.norm = nn.LayerNorm(low, eps=eps)
-        self.out = Linear(low, hidden)
+        self.out = ImageLinear(low, hidden)
 
     def forward(self, memory: Tensor) -> Tensor:
         """memory [B, rows, width] -> [B, image rows, hidden]."""
@@ -120,10 +120,13 @@ class SequenceMoE(nn.Module):
             scale = scale + gate[column]
         return scale.to(dtype), (featured * (1 - keep)).to(dtype)
 
-    def forward(self, x: Tensor, layout: Layout, resampled: dict[str, Tensor]) -> tuple[Tensor, RoutingPlan]:
+    def forward(
+        self, x: Tensor, layout: Layout, resampled: dict[str, Tensor], noise_starts: Tensor | None = None
+    ) -> tuple[Tensor, RoutingPlan]:
         """x [T, H] -> (x with `scale * mixture` added on its image rows, the plan over the batch's images).
 
-        `resampled` holds S(F) of every feature that the tasks present need: [images of its task, image rows, H].
+        `resampled` holds S(F) of every feature that the tasks present need: [images of its task, image rows, H]. With
+        `noise_starts` [images of generation] int32 these share [D, image rows, H] of S(noise): where each begins.
         """
         rows = x if layout.image_rows_are_all else x.index_select(0, layout.image_rows)
         h = self.norm(rows)
@@ -147,6 +150,7 @@ class SequenceMoE(nn.Module):
                         layout.image_offsets[: count + 1],
                         residual=rows[first:last],
                         layer_scale=self.scale,
+                        feature_starts=noise_starts if task == "generation" else None,
                     )
                 )
             image, column = image + count, column + len(names)

@@ -59,6 +59,13 @@ class Tokenwise(NamedTuple):
     plan: RoutingPlan | None = None
 
 
+class Memory(NamedTuple):
+    """What a layer's sequence-level MoE mixes beside x, as `SequenceMoE.forward` takes it."""
+
+    resampled: Features
+    noise_starts: Tensor | None = None
+
+
 class Block(nn.Module):
     """One transformer layer: `tokenwise`, then `mix`."""
 
@@ -84,10 +91,10 @@ class Block(nn.Module):
         rotary: tuple[Tensor, Tensor],
         cache: KVCache | None,
         layer: int,
-        resampled: Features,
+        memory: Memory,
     ) -> tuple[Tensor, RoutingPlan | None, RoutingPlan | None]:
         """x [T, H] -> (x, token plan or None, sequence plan or None)."""
-        return self.mix(self.tokenwise(x, layout, rotary), layout, cache, layer, resampled)
+        return self.mix(self.tokenwise(x, layout, rotary), layout, cache, layer, memory)
 
     def tokenwise(self, x: Tensor, layout: Layout, rotary: tuple[Tensor, Tensor]) -> Tokenwise:
         """The part that acts on each row of x [T, H] by itself."""
@@ -98,7 +105,7 @@ class Block(nn.Module):
         return Tokenwise(x, *self.attention.project(h, rotary), plan)
 
     def mix(
-        self, own: Tokenwise, layout: Layout, cache: KVCache | None, layer: int, resampled: Features
+        self, own: Tokenwise, layout: Layout, cache: KVCache | None, layer: int, memory: Memory
     ) -> tuple[Tensor, RoutingPlan | None, RoutingPlan | None]:
         """The rest, from where rows see each other on: attention and whole images."""
         plan = own.plan
@@ -108,7 +115,7 @@ class Block(nn.Module):
             x = x + update
         if self.sequence_moe is None or not layout.image_length:
             return x, plan, None
-        x, sequence_plan = self.sequence_moe(x, layout, resampled)
+        x, sequence_plan = self.sequence_moe(x, layout, *memory)
         return x, plan, sequence_plan
 
 
@@ -191,10 +198,11 @@ class UniF2ace(nn.Module):
         mask_ratio: Tensor | None,
         features: Features | None,
         sequence_memory: list[Features] | None,
-    ) -> list[Features]:
+        ratio_of_image: Tensor | None = None,
+    ) -> list[Memory]:
         """Per layer: S(F) of every feature that the images of this batch need."""
         if self.config.sequence_moe is None:
-            return [{} for _ in self.layers]
+            return [Memory({}) for _ in self.layers]
         understood, generated = layout.num_images
         memory: Features = {}
         ready: list[Features] = [{} for _ in self.layers]
@@ -207,13 +215,19 @@ class UniF2ace(nn.Module):
             ready = sequence_memory
         elif understood:
             memory.update(self._checked_features(features, understood))
+        noise_starts = None
         if generated and self.mask_ratio_embedding is not None:
-            if mask_ratio is None or mask_ratio.shape != (generated,):
-                got = "none" if mask_ratio is None else list(mask_ratio.shape)
-                raise UserError(f"UniF2ace: mask_ratio must be [{generated}], one per generated image, got {got}")
+            one_each = mask_ratio if ratio_of_image is None else ratio_of_image
+            if mask_ratio is None or mask_ratio.dim() != 1 or one_each.shape != (generated,):
+                name = "mask_ratio" if ratio_of_image is None else "ratio_of_image"
+                got = "none" if one_each is None else list(one_each.shape)
+                raise UserError(f"UniF2ace: {name} must be [{generated}], one per generated image, got {got}")
             memory["noise"] = self.mask_ratio_embedding(mask_ratio)
+            if ratio_of_image is not None:
+                noise_starts = (ratio_of_image * layout.image_length).int()
         return [
-            {**given, **layer.sequence_moe.resample(memory)} for given, layer in zip(ready, self.layers, strict=True)
+            Memory({**given, **layer.sequence_moe.resample(memory)}, noise_starts)
+            for given, layer in zip(ready, self.layers, strict=True)
         ]
 
     def forward(
@@ -264,11 +278,23 @@ class UniF2ace(nn.Module):
         return self.layers[0].tokenwise(x, layout, rotary)
 
     def resume(
-        self, first: Tokenwise, layout: Layout, *, cache: KVCache, mask_ratio: Tensor | None = None, rows: Tensor
+        self,
+        first: Tokenwise,
+        layout: Layout,
+        *,
+        mask_ratio: Tensor,
+        ratio_of_image: Tensor,
+        cache: KVCache,
+        rows: Tensor,
     ) -> ModelOutput:
-        """`forward` of generated images from `first` on; arguments and errors as there."""
+        """`forward` of generated images from `first` on; arguments and errors as there, but for the mask ratios.
+
+        What follows from a ratio alone is computed once for all images that have it: `mask_ratio` [D] are different
+        ones, `ratio_of_image` [images] int64 in 0 .. D - 1.
+        """
         self._check(layout, cache)
-        return self._run_layers(first, layout, self._memories(layout, mask_ratio, None, None), cache, rows)
+        memories = self._memories(layout, mask_ratio, None, None, ratio_of_image)
+        return self._run_layers(first, layout, memories, cache, rows)
 
     def _check(self, layout: Layout, cache: KVCache | None) -> None:
         if layout.image_length not in (0, self.config.image_rows):
@@ -286,7 +312,7 @@ class UniF2ace(nn.Module):
         self,
         x: Tensor | Tokenwise,
         layout: Layout,
-        memories: list[Features],
+        memories: list[Memory],
         cache: KVCache | None,
         rows: Tensor | None,
     ) -> ModelOutput:

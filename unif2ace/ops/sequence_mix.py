@@ -4,6 +4,9 @@ For the rows r of sequence b (row_offsets[b] <= r < row_offsets[b+1]), scalars a
 
     y_r = residual_r + s * (a_b x_r + sum_j c_bj S_j,r)
 
+Sequences may share features: given `feature_starts`, row r of sequence b reads of every S_j not row r but row
+feature_starts[b] + r - row_offsets[b].
+
 That is the whole sequence-level mixture of experts: copy, zero, noise, CLIP and face experts are all either x or 0 or
 `w x + (1 - w) S`, so their gated sum collects into one factor of x and one of each feature S_j. Sums run in float32, in
 the order x, S_0, S_1, .., and are rounded once. A row in no sequence (beyond the last offset) gets its residual, or 0.
@@ -12,7 +15,8 @@ Backward, with g = dL/dy:  dx = s a_b g,  dS_j = s c_bj g,  da_b = s sum <x_r, g
 ds = sum <a_b x_r + sum_j c_bj S_j,r, g_r>, sums over the rows of b in a fixed order;  dresidual = g.
 
 Cost: (J + 3) R H elements over memory forward; 2 (J + 1) R H FLOPs. Bound by memory: written as separate operations it
-moves about three times as much, which is what a fused kernel saves.
+moves about three times as much, which is what a fused kernel saves. Features that sequences share come from memory once
+and then from a cache: 3 R H elements. (Gradients want each row's own: with them, shared features are gathered first.)
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ from torch.nn import functional as F
 
 from unif2ace.errors import UserError
 from unif2ace.ops import _registry
-from unif2ace.ops._checks import as_int32, describe, is_integer
+from unif2ace.ops._checks import as_int32, describe, dtype_name, is_integer
 
 
 def mix_sequences(
@@ -37,6 +41,7 @@ def mix_sequences(
     residual: Tensor | None = None,
     layer_scale: Tensor | None = None,
     *,
+    feature_starts: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Mix the rows of B packed sequences with J feature streams: `residual + s * (a x + sum_j c_j S_j)`.
@@ -44,11 +49,12 @@ def mix_sequences(
     Args:
         x: [R, H] floating point.
         scale: [B] floating point, the factor a of x.
-        features: J tensors [R, H], dtype of x, aligned with the rows of x.
+        features: J tensors [R, H], dtype of x, aligned with the rows of x; with `feature_starts` [F, H], any number F.
         coefficients: [B, J] floating point.
         row_offsets: [B + 1] integer, non-decreasing from 0: sequence b owns rows row_offsets[b] up to row_offsets[b+1].
         residual: [R, H] in the dtype of x, or None for 0.
         layer_scale: the scalar s, a tensor of one element, or None for 1.
+        feature_starts: [B] integer, the row of every feature where sequence b begins. Sequences may overlap there.
         backend: see `unif2ace.ops.use_backend`.
 
     Returns:
@@ -60,15 +66,20 @@ def mix_sequences(
     Cost: x, features, residual and the result once over memory.
     """
     features = list(features)
-    _check_mix(x, scale, features, coefficients, row_offsets, residual, layer_scale)
+    _check_mix(x, scale, features, coefficients, row_offsets, residual, layer_scale, feature_starts)
     row_offsets = as_int32("mix_sequences", "row_offsets", row_offsets)
+    if feature_starts is not None:
+        feature_starts = as_int32("mix_sequences", "feature_starts", feature_starts)
     name = _registry.choose("sequence_mix", backend, x.device, x.dtype)
     if name == "reference" and not torch.compiler.is_compiling():
-        return reference_mix_sequences(x, scale, features, coefficients, row_offsets, residual, layer_scale)
+        return reference_mix_sequences(
+            x, scale, features, coefficients, row_offsets, residual, layer_scale, feature_starts
+        )
     try:
         if not _registry.needs_grad(x, scale, *features, coefficients, residual, layer_scale):
             mix = _registry.registered(name, "mix_sequences")
-            return mix(x, scale, features, coefficients, row_offsets, residual, layer_scale)
+            return mix(x, scale, features, coefficients, row_offsets, residual, layer_scale, feature_starts)
+        features = _aligned(features, feature_starts, row_offsets, x.shape[0])
         return _MixSequences.apply(name, x, scale, coefficients, row_offsets, residual, layer_scale, *features)
     except RuntimeError as error:
         raise _registry.as_user_error(error, "mix_sequences") from None
@@ -82,11 +93,12 @@ def reference_mix_sequences(
     row_offsets: Tensor,
     residual: Tensor | None,
     layer_scale: Tensor | None,
+    feature_starts: Tensor | None = None,
 ) -> Tensor:
     """The definition, differentiable."""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    rows = torch.arange(x.shape[0], device=x.device, dtype=row_offsets.dtype)
-    sequence = torch.searchsorted(row_offsets[1:].contiguous(), rows, right=True)
+    features = _aligned(features, feature_starts, row_offsets, x.shape[0])
+    _, sequence = _sequence_of_rows(row_offsets, x.shape[0])
     factors = torch.cat([scale[:, None].to(dtype), coefficients.to(dtype)], dim=1)
     factors = F.pad(factors, (0, 0, 0, 1))[sequence]  # [R, 1 + J]; rows in no sequence read the zero row
     total = x.to(dtype) * factors[:, :1]
@@ -99,10 +111,28 @@ def reference_mix_sequences(
     return total.to(x.dtype)
 
 
+def _sequence_of_rows(row_offsets: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Rows 0 .. count - 1 and the sequence of each, B for those in none."""
+    rows = torch.arange(count, device=row_offsets.device, dtype=row_offsets.dtype)
+    return rows, torch.searchsorted(row_offsets[1:].contiguous(), rows, right=True)
+
+
+def _aligned(
+    features: Sequence[Tensor], feature_starts: Tensor | None, row_offsets: Tensor, count: int
+) -> Sequence[Tensor]:
+    """The features with `count` rows, one for each of x. Starts that lead outside of them are moved inside."""
+    if feature_starts is None or not features:
+        return features
+    rows, sequence = _sequence_of_rows(row_offsets, count)
+    shift = F.pad(feature_starts.long() - row_offsets[:-1], (0, 1))[sequence]
+    index = (rows + shift).clamp(0, features[0].shape[0] - 1)
+    return [feature.index_select(0, index) for feature in features]
+
+
 # ---------------------------------------------------------------------------------------------- registration, autograd
 
 
-def _mix_fake(x, scale, features, coefficients, row_offsets, residual, layer_scale):
+def _mix_fake(x, scale, features, coefficients, row_offsets, residual, layer_scale, feature_starts):
     return x.new_empty(x.shape)
 
 
@@ -135,7 +165,7 @@ _registry.define(
     "sequence_mix",
     "mix_sequences",
     "(Tensor x, Tensor scale, Tensor[] features, Tensor coefficients, Tensor row_offsets, Tensor? residual,"
-    " Tensor? layer_scale) -> Tensor",
+    " Tensor? layer_scale, Tensor? feature_starts) -> Tensor",
     _mix_fake,
     lambda *arguments: reference_mix_sequences(*arguments).contiguous(),
 )
@@ -156,7 +186,7 @@ class _MixSequences(torch.autograd.Function):
         ctx.save_for_backward(x, scale, coefficients, row_offsets, layer_scale, *features)
         ctx.backend, ctx.has_residual = backend, residual is not None
         mix = _registry.registered(backend, "mix_sequences")
-        return mix(x, scale, list(features), coefficients, row_offsets, residual, layer_scale)
+        return mix(x, scale, list(features), coefficients, row_offsets, residual, layer_scale, None)
 
     @staticmethod
     def backward(ctx, grad):
@@ -187,6 +217,7 @@ def _check_mix(
     row_offsets: Tensor,
     residual: Tensor | None,
     layer_scale: Tensor | None,
+    feature_starts: Tensor | None,
 ) -> None:
     if x.dim() != 2 or not x.is_floating_point():
         raise UserError(f"mix_sequences: x must be [R, H] floating point, got {describe(x)}")
@@ -201,8 +232,23 @@ def _check_mix(
     if tuple(row_offsets.shape) != (batch + 1,) or not is_integer(row_offsets):
         raise UserError(f"mix_sequences: row_offsets must be [{batch + 1}] integer, got {describe(row_offsets)}")
     streams = [(f"features[{j}]", feature) for j, feature in enumerate(features)]
+    if feature_starts is not None:
+        _check_shared(x, streams, feature_starts, batch)
+        streams = []
     for name, rows in streams + ([] if residual is None else [("residual", residual)]):
         if rows.shape != x.shape or rows.dtype != x.dtype:
             raise UserError(f"mix_sequences: {name} must be like x, {describe(x)}, got {describe(rows)}")
     if layer_scale is not None and (layer_scale.numel() != 1 or not layer_scale.is_floating_point()):
         raise UserError(f"mix_sequences: layer_scale must be one floating point number, got {describe(layer_scale)}")
+
+
+def _check_shared(x: Tensor, streams: list[tuple[str, Tensor]], feature_starts: Tensor, batch: int) -> None:
+    if tuple(feature_starts.shape) != (batch,) or not is_integer(feature_starts):
+        raise UserError(f"mix_sequences: feature_starts must be [{batch}] integer, got {describe(feature_starts)}")
+    rows = streams[0][1].shape[:1] if streams else ()
+    for name, feature in streams:
+        if feature.shape != (*rows, x.shape[1]) or feature.dtype != x.dtype or (x.shape[0] and not feature.shape[0]):
+            raise UserError(
+                f"mix_sequences: {name} must be [F, {x.shape[1]}] {dtype_name(x.dtype)}, with the same F > 0 for every "
+                f"feature, got {describe(feature)}"
+            )

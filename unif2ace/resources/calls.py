@@ -39,8 +39,13 @@ def _sequence_mix() -> Iterator[Call]:
             factors = (_meta(images, dtype=dtype), features, _meta(images, count, dtype=dtype))
             arguments = (*factors, _meta(images + 1, dtype=torch.int32))
             layer_scale = _meta(dtype=dtype)
-            yield Call(label, "mix_sequences", (x, *arguments, x, layer_scale))
+            yield Call(label, "mix_sequences", (x, *arguments, x, layer_scale, None))
             yield Call(label, "mix_sequences_backward", (x, x, *arguments, layer_scale))
+        label, count, rows, hidden, images = cases[0]
+        x, feature = _meta(rows, hidden, dtype=dtype), _meta(258, hidden, dtype=dtype)
+        factors = _meta(images, dtype=dtype), [feature], _meta(images, count, dtype=dtype)
+        offsets, starts = _meta(images + 1, dtype=torch.int32), _meta(images, dtype=torch.int32)
+        yield Call("shared noise", "mix_sequences", (x, *factors, offsets, x, _meta(dtype=dtype), starts))
 
 
 def _diffusion_loss() -> Iterator[Call]:
