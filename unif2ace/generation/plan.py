@@ -91,8 +91,7 @@ def plan_step(slots: Slots, drawings: Sequence[Drawing]) -> StepPlan:
     wanted = [d.step.unknown for d, *_ in passing]
     changed = [d.changed(rows) for d, *_ in passing]
     num_changed = [last - first for first, last in changed]
-    ratio_of = [d.step.unknown / (rows - 2) for d, *_ in passing] + [1.0] * added
-    ratios = {ratio: i for i, ratio in enumerate(dict.fromkeys(ratio_of))}
+    different = list(dict.fromkeys(wanted))
     host = {
         "changed": ranges(
             [d.slot * rows + first for (d, *_), (first, _) in zip(passing, changed, strict=True)], num_changed
@@ -113,7 +112,7 @@ def plan_step(slots: Slots, drawings: Sequence[Drawing]) -> StepPlan:
         "number": torch.tensor([d.done for d in drawings]),
         "keep": torch.tensor(keep),
         "offsets": torch.tensor(offsets),
-        "ratio_of_image": torch.tensor([ratios[ratio] for ratio in ratio_of], dtype=torch.int64),
+        "ratio_of_image": torch.tensor([different.index(n) for n in wanted] + [0] * added, dtype=torch.int64),
     }
     device = slots.tokens.device
     moved = torch.cat(list(host.values())).to(device, non_blocking=True).split([len(x) for x in host.values()])
@@ -121,7 +120,7 @@ def plan_step(slots: Slots, drawings: Sequence[Drawing]) -> StepPlan:
     return StepPlan(
         layout=slots.layout(sequences) if sequences else None,
         halves=_range_or_indices([sequence.cache_row for sequence in sequences], device),
-        mask_ratio=torch.tensor(list(ratios), dtype=torch.float32).to(device, non_blocking=True),
+        mask_ratio=torch.tensor([n / (rows - 2) for n in different], dtype=torch.float32).to(device, non_blocking=True),
         prefixes=tuple(hidden for _, hidden in shared.values()),
         groups=tuple(
             (offsets[first], offsets[last], *_sampling(drawings[first]))
