@@ -51,11 +51,13 @@ def run_prefixes(model: UniF2ace, prompts: Sequence[Sequence[int]], codes: Seque
     batch = pack_generation(vocabulary, texts, torch.stack(images))
     unknown = [(image == vocabulary.mask_code).nonzero()[:, 0] for image in images]
     counts = [len(positions) for positions in unknown]
+    different = list(dict.fromkeys(counts))
     first = batch.layout.code_rows[::size].repeat_interleave(torch.tensor(counts))
     cache = model.new_cache(len(texts), max(map(len, texts)) + 3)
     hidden = model(
         batch.to(device),
-        mask_ratio=torch.tensor([max(1, count) / size for count in counts], device=device),
+        mask_ratio=torch.tensor([max(1, count) / size for count in different], device=device),
+        ratio_of_image=torch.tensor([different.index(count) for count in counts], device=device),
         cache=cache,
         rows=(first + torch.cat(unknown)).to(device),
     ).hidden

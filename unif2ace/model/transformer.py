@@ -196,9 +196,9 @@ class UniF2ace(nn.Module):
         self,
         layout: Layout,
         mask_ratio: Tensor | None,
+        ratio_of_image: Tensor | None,
         features: Features | None,
         sequence_memory: list[Features] | None,
-        ratio_of_image: Tensor | None = None,
     ) -> list[Memory]:
         """Per layer: S(F) of every feature that the images of this batch need."""
         if self.config.sequence_moe is None:
@@ -235,6 +235,7 @@ class UniF2ace(nn.Module):
         batch: PackedBatch,
         *,
         mask_ratio: Tensor | None = None,
+        ratio_of_image: Tensor | None = None,
         features: Features | None = None,
         sequence_memory: list[Features] | None = None,
         cache: KVCache | None = None,
@@ -244,7 +245,9 @@ class UniF2ace(nn.Module):
 
         Args:
             batch: T rows of any mixture of sequences of both tasks.
-            mask_ratio: [images of generation] float, n / N masked, in sequence order.
+            mask_ratio: [images of generation] float, n / N masked, in sequence order; with `ratio_of_image` [D].
+            ratio_of_image: [images of generation] integer in 0 .. D - 1, which of the D mask ratios an image has. What
+                follows from the ratio alone is then computed D times.
             features: name ("clip", "face") -> [images of understanding, rows, width], in sequence order.
             sequence_memory: instead of `features`, the result of `sequence_memory()`.
             cache: keys and values of earlier rows; read and extended in place (inference only).
@@ -259,7 +262,7 @@ class UniF2ace(nn.Module):
         x = self.embedding(batch.token_ids)
         if self.image_positions is not None and layout.image_length:
             x = x.index_add(0, layout.image_rows, self.image_positions.repeat(sum(layout.num_images), 1))
-        memories = self._memories(layout, mask_ratio, features, sequence_memory)
+        memories = self._memories(layout, mask_ratio, ratio_of_image, features, sequence_memory)
         return self._run_layers(x, layout, memories, cache, rows)
 
     def start_image_rows(self, token_ids: Tensor, image_rows: Tensor, positions: Tensor) -> Tokenwise:
@@ -282,18 +285,14 @@ class UniF2ace(nn.Module):
         first: Tokenwise,
         layout: Layout,
         *,
-        mask_ratio: Tensor,
-        ratio_of_image: Tensor,
         cache: KVCache,
-        rows: Tensor,
+        mask_ratio: Tensor | None = None,
+        ratio_of_image: Tensor | None = None,
+        rows: Tensor | None = None,
     ) -> ModelOutput:
-        """`forward` of generated images from `first` on; arguments and errors as there, but for the mask ratios.
-
-        What follows from a ratio alone is computed once for all images that have it: `mask_ratio` [D] are different
-        ones, `ratio_of_image` [images] int64 in 0 .. D - 1.
-        """
+        """`forward` of generated images from `first` on; arguments and errors as there."""
         self._check(layout, cache)
-        memories = self._memories(layout, mask_ratio, None, None, ratio_of_image)
+        memories = self._memories(layout, mask_ratio, ratio_of_image, None, None)
         return self._run_layers(first, layout, memories, cache, rows)
 
     def _check(self, layout: Layout, cache: KVCache | None) -> None:
