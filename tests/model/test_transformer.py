@@ -130,6 +130,21 @@ def test_sequence_memory_replaces_features(model, make):
     close(run(model, made, features=None, sequence_memory=memory), run(model, made))
 
 
+def test_images_share_what_follows_from_their_mask_ratio(model, make):
+    generation, understanding = make("generation", [3, 6, 2, 5]), make("understanding", [4, 0])
+    generation.batch = concatenate([understanding.batch, generation.batch])
+    generation.arguments |= understanding.arguments
+    ratios, which = torch.tensor([0.75, 0.125]), torch.tensor([1, 0, 1, 1])
+    results = []
+    for arguments in ({"mask_ratio": ratios[which]}, {"mask_ratio": ratios, "ratio_of_image": which}):
+        hidden = model(generation.batch, **{**generation.arguments, **arguments}).hidden
+        parameters = list(model.mask_ratio_embedding.parameters())
+        results.append([hidden, *torch.autograd.grad(hidden.pow(3).sum(), parameters)])
+    for shared, expected in zip(*results, strict=True):
+        close(shared, expected)
+    assert results[0][1].abs().sum() > 0
+
+
 def test_missing_features_are_refused_unless_the_configuration_has_none(model, build_model, make):
     made = make("understanding", [4])
     with pytest.raises(UserError, match="needs the feature 'clip'"):
@@ -146,6 +161,10 @@ def test_wrong_inputs_are_refused(model, make):
         run(model, made, mask_ratio=None)
     with pytest.raises(UserError, match=r"mask_ratio must be \[2\]"):
         run(model, made, mask_ratio=torch.rand(3))
+    with pytest.raises(UserError, match=r"ratio_of_image must be \[2\], one per generated image, got \[3\]"):
+        run(model, made, mask_ratio=torch.rand(1), ratio_of_image=torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(UserError, match=r"mask_ratio must be \[2\], .*, got none"):
+        run(model, made, mask_ratio=None, ratio_of_image=torch.zeros(2, dtype=torch.int64))
     with pytest.raises(UserError, match="images must have 9 tokens, got 4"):
         model(pack_generation(made.vocabulary, [[1]], torch.zeros(1, 4, dtype=torch.int64)))
 

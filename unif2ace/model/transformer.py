@@ -217,10 +217,11 @@ class UniF2ace(nn.Module):
             memory.update(self._checked_features(features, understood))
         noise_starts = None
         if generated and self.mask_ratio_embedding is not None:
-            one_each = mask_ratio if ratio_of_image is None else ratio_of_image
-            if mask_ratio is None or mask_ratio.dim() != 1 or one_each.shape != (generated,):
-                name = "mask_ratio" if ratio_of_image is None else "ratio_of_image"
-                got = "none" if one_each is None else list(one_each.shape)
+            name, per_image = "mask_ratio", mask_ratio
+            if ratio_of_image is not None and mask_ratio is not None and mask_ratio.dim() == 1:
+                name, per_image = "ratio_of_image", ratio_of_image
+            if per_image is None or per_image.shape != (generated,):
+                got = "none" if per_image is None else list(per_image.shape)
                 raise UserError(f"UniF2ace: {name} must be [{generated}], one per generated image, got {got}")
             memory["noise"] = self.mask_ratio_embedding(mask_ratio)
             if ratio_of_image is not None:
