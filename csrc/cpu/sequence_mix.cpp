@@ -88,16 +88,15 @@ UNIF2ACE_INLINE void store_lanes(T* to, F x, int n) {
     store_some(to, x, n);
 }
 
-// Columns c .. of row r of x and row f of the features: `vectors` whole vectors, or n columns of one.
+// Columns c .. of a row, `in` of each stream: `vectors` whole vectors, or n columns of one.
 template <class F, class T, int vectors, bool whole>
-UNIF2ACE_INLINE void mix_columns(const Problem& a, int64_t r, int64_t f, const float* factor, const T* residual, T* out,
+UNIF2ACE_INLINE void mix_columns(const Problem& a, const T* const* in, const float* factor, const T* residual, T* out,
                                  int64_t c, int n) {
   F total[vectors];
-  for (int v = 0; v < vectors; ++v)
-    total[v] = load_lanes<whole, F>(a.streams[0].row<T>(r) + c + v * kWidth<F>, n) * factor[0];
+  for (int v = 0; v < vectors; ++v) total[v] = load_lanes<whole, F>(in[0] + c + v * kWidth<F>, n) * factor[0];
   for (int64_t j = 1; j < a.count(); ++j)
     for (int v = 0; v < vectors; ++v)
-      total[v] = total[v] + load_lanes<whole, F>(a.streams[j].row<T>(f) + c + v * kWidth<F>, n) * factor[j];
+      total[v] = total[v] + load_lanes<whole, F>(in[j] + c + v * kWidth<F>, n) * factor[j];
   for (int v = 0; v < vectors; ++v) {
     total[v] = total[v] * a.layer_scale;
     if (residual != nullptr) total[v] = load_lanes<whole, F>(residual + c + v * kWidth<F>, n) + total[v];
@@ -109,6 +108,7 @@ template <class F, class T>
 UNIF2ACE_INLINE void forward_rows(const Forward& forward, int64_t begin, int64_t end) {
   const Problem& a = forward.problem;
   int64_t sequence = a.sequence_of(begin);
+  std::vector<const T*> in(a.count());
   for (int64_t r = begin; r < end; ++r) {
     while (sequence < a.batch && r >= a.offset[sequence + 1]) ++sequence;
     T* out = static_cast<T*>(forward.out) + r * a.hidden;
@@ -121,12 +121,15 @@ UNIF2ACE_INLINE void forward_rows(const Forward& forward, int64_t begin, int64_t
       continue;
     }
     const float* factor = a.factors.data() + sequence * a.count();
-    const int64_t f = r + a.shift[sequence];
+    in[0] = a.streams[0].row<T>(r);
+    for (int64_t j = 1; j < a.count(); ++j) in[j] = a.streams[j].row<T>(r + a.shift[sequence]);
     int64_t c = 0;
     for (; c + kBlock <= a.hidden; c += kBlock)
-      mix_columns<F, T, kBlock / kWidth<F>, true>(a, r, f, factor, residual, out, c, 0);
-    for (; c + kWidth<F> <= a.hidden; c += kWidth<F>) mix_columns<F, T, 1, true>(a, r, f, factor, residual, out, c, 0);
-    if (c < a.hidden) mix_columns<F, T, 1, false>(a, r, f, factor, residual, out, c, static_cast<int>(a.hidden - c));
+      mix_columns<F, T, kBlock / kWidth<F>, true>(a, in.data(), factor, residual, out, c, 0);
+    for (; c + kWidth<F> <= a.hidden; c += kWidth<F>)
+      mix_columns<F, T, 1, true>(a, in.data(), factor, residual, out, c, 0);
+    if (c < a.hidden)
+      mix_columns<F, T, 1, false>(a, in.data(), factor, residual, out, c, static_cast<int>(a.hidden - c));
   }
 }
 

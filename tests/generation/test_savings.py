@@ -58,17 +58,20 @@ def test_known_tokens_stay_and_the_rest_is_that_of_the_plain_loop(parts):
 def test_what_images_and_steps_share_is_run_once(parts, monkeypatch):
     """Three variations of one prompt: its text and first step once, guidance's first step once, and then two passes.
 
-    The token-wise part of the first layer runs for all rows before the first of them, then for the tokens drawn.
+    The token-wise part of the first layer runs for all rows before the first of them, then for the tokens drawn. The
+    noise expert runs once for all images of a pass, here of one mask ratio.
     """
-    model, passes, started = type(parts.model), [], []
+    model, passes, started, ratios = type(parts.model), [], [], []
     forward, resume, start = model.forward, model.resume, model.start_image_rows
 
     def counted_forward(self, batch, **options):
         passes.append((batch.layout.num_rows, len(options["rows"])))
+        ratios.append(options["mask_ratio"].tolist())
         return forward(self, batch, **options)
 
     def counted_resume(self, first, layout, **options):
         passes.append((layout.num_rows, len(options["rows"])))
+        ratios.append(options["mask_ratio"].tolist())
         return resume(self, first, layout, **options)
 
     def counted_start(self, tokens, *rest):
@@ -87,6 +90,7 @@ def test_what_images_and_steps_share_is_run_once(parts, monkeypatch):
     assert passes[0][1] == 2 * size + added // (3 + image) * size
     unknown = [13, 8]  # floor(16 cos(pi k / 6)), k = 1, 2
     assert passes[1:] == [(6 * image, 6 * count) for count in unknown]
+    assert ratios == [[1.0], [13 / 16], [8 / 16]]
     assert started == [6 * image, max(6 * (13 - 8), invariant_rows(parts.model.config))]
     passes.clear()
     list(engine.stream([Request([5, 6, 7], [4], steps=1)]))
