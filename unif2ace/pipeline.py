@@ -215,6 +215,9 @@ class UniF2acePipeline:
             on_answer: called as on_answer(done, total) whenever an answer is complete.
             options: those of `stream_answers`.
 
+        An answer depends on its picture, question and seed, not on what else is asked: to the last bit of its logits on
+        CPUs with the native back end in float32 (there pictures are read one at a time), else up to rounding.
+
         Returns one string per question. Raises `UserError` for anything that does not fit.
         """
         number, pieces = self._ask(images, questions, **options)

@@ -30,7 +30,8 @@ Tensor linear_forward(const Tensor& x, const Tensor& weight, std::optional<Tenso
   const Tensor* bias_pointer = bias ? &*bias : nullptr;
   if (torch_is_best(x)) return linear_of_torch(x, weight, bias_pointer);
   if (x.size(0) != 1) return linear(dense(x), dense(weight), bias_pointer);
-  // A row alone would take the matrix-vector path, which sums in another order than all others: it goes twice.
+  // A row alone would take the matrix-vector path, which sums in another order than all others, so it goes twice. That
+  // path is faster (768 x 2304, weights from memory, two threads: 167 us, twice 213), MKL's slower (402).
   const Tensor row = dense(x), both = empty_cpu<2>({2, x.size(1)}, aoti_dtype(x));
   for (int64_t r = 0; r < 2; ++r)
     std::copy_n(pointer<float>(row), x.size(1), mutable_pointer<float>(both) + r * x.size(1));

@@ -229,10 +229,11 @@ def test_the_same_bits_alone_and_in_any_batch(monkeypatch, threads, options):
     parts, before, rng = float32_parts(), torch.get_num_threads(), random.Random(threads)
     every = range(len(parts[-1]))
     try:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(1)
         alone = {}
         for question in every:
             alone |= traced(monkeypatch, parts, [question], options)
+        torch.set_num_threads(threads)
         batches = [rng.sample(every, count) for count in (2, 3, 5, 17, 40, 90)]
         for steps_per_check, chosen in enumerate(batches, start=1):
             found = traced(monkeypatch, parts, chosen, {**options, "steps_per_check": steps_per_check})

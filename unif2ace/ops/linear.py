@@ -23,7 +23,7 @@ from unif2ace.errors import UserError
 from unif2ace.ops import _registry
 from unif2ace.ops._checks import describe, dtype_name
 
-INVARIANT_ROWS = 16  # tests/ops/test_linear.py: from here on bfloat16 has equal bits for any number of rows and threads
+INVARIANT_ROWS = 16  # tests/ops/test_linear.py: from here on bfloat16 has equal bits for any number of rows, threads
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str | None = None) -> Tensor:
