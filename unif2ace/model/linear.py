@@ -37,7 +37,7 @@ class ImageLinear(Linear):
 def invariant_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, product: Callable[..., Tensor] = linear
 ) -> Tensor:
-    """`linear` or `linear_gelu`; in 16 bits of at least `INVARIANT_ROWS` rows: zeros are added, their results dropped."""
+    """`linear` or `linear_gelu`, in 16 bits of at least `INVARIANT_ROWS` rows: zeros are added, and dropped again."""
     rows = x.reshape(-1, x.shape[-1])
     missing = max(0, INVARIANT_ROWS - len(rows)) if x.element_size() == 2 else 0
     if not missing:
