@@ -98,15 +98,18 @@ def test_mixed_batch_lists_understanding_images_first():
 
 def test_cached_steps():
     step = pack_generation_step(SMALL, CODES, [6, 3])
-    blocks, slots = step.layout.cache_access(20)
+    access = step.layout.cache_access(20)
     assert step.layout.image_rows_are_all
     assert step.positions.tolist() == [*range(6, 12), *range(3, 9)]
-    assert blocks == ((0, 6, 0, 12, False), (6, 12, 20, 29, False))
-    assert slots.tolist() == [*range(6, 12), *range(23, 29)]
+    assert access.past
+    assert access.blocks == ((0, 6, 0, 6, False, 0, 6), (6, 12, 6, 12, False, 20, 23))  # the texts, then themselves
+    assert access.slots.tolist() == access.stored.tolist() == []
     text = pack_text_step(torch.tensor([5, 6]), [9, 11], [1, 0])
-    blocks, slots = text.layout.cache_access(20)
-    assert blocks == ((0, 1, 20, 30, True), (1, 2, 0, 12, True))
-    assert slots.tolist() == [29, 11]
+    access = text.layout.cache_access(20)
+    assert access.blocks == ((0, 1, 20, 30, True), (1, 2, 0, 12, True))
+    assert access.slots.tolist() == [29, 11]
+    assert access.stored is None
+    assert not access.past
     assert text.positions.tolist() == [9, 11]
 
 
@@ -119,6 +122,14 @@ def test_who_continues_text():
     others = (image, pack_generation(SMALL, [[3]]), pack_generation_step(SMALL, CODES, cached=[4, 6]))
     for batch in (*others, concatenate([step, image])):
         assert not batch.layout.continues_text
+
+
+def test_first_passes_store_the_text_alone():
+    access = pack_generation(SMALL, [[5], []], CODES).layout.cache_access(20)
+    assert access.blocks == ((0, 4, 0, 4, True), (4, 10, 0, 10, False), (10, 13, 10, 13, True), (13, 19, 10, 19, False))
+    assert access.slots.tolist() == [*range(4), *range(20, 23)]
+    assert access.stored.tolist() == [*range(4), *range(10, 13)]
+    assert not access.past
 
 
 def test_layouts_are_equal_by_content_and_derive_once():

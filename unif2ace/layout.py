@@ -11,16 +11,17 @@ sequence gives at most two: text causal then image full (generation), prefix ful
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, chain
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from unif2ace.config import TASKS
 from unif2ace.errors import UserError
-from unif2ace.ops.omni_attention import Block
+from unif2ace.ops.omni_attention import AttentionBlocks
 
 
 @dataclass(frozen=True)
@@ -53,13 +54,13 @@ class SequenceLayout:
         """Rows whose keys and values stay valid after this pass: all but the image rows of generation."""
         return self.cached + (self.text if self.task == "generation" else self.rows)
 
-    def blocks(self, q: int, k: int) -> list[Block]:
+    def blocks(self, q: int, k: int) -> AttentionBlocks:
         """(q_start, q_end, k_start, k_end, causal) with the first row at `q`, its keys starting at `k`."""
         generation = self.task == "generation"
         first = self.text if generation else self.prefix  # generation: text, image; understanding: prefix, text
         middle, end = k + self.cached + first, k + self.cached + self.rows
-        both = [(q, q + first, k, middle, generation), (q + first, q + self.rows, k, end, not generation)]
-        return [block for block in both if block[1] > block[0]]
+        both = (q, q + first, k, middle, generation), (q + first, q + self.rows, k, end, not generation)
+        return tuple(block for block in both if block[1] > block[0])
 
 
 def ranges(starts: Sequence[int], lengths: Sequence[int]) -> Tensor:
@@ -68,6 +69,31 @@ def ranges(starts: Sequence[int], lengths: Sequence[int]) -> Tensor:
     # No Python loop over rows.
     shift = (begin - count.cumsum(0) + count).repeat_interleave(count, output_size=sum(lengths))
     return torch.arange(shift.numel()) + shift
+
+
+def rotary_angles(positions: Tensor, dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin, each [T, dim / 2] in `dtype` (computed in float32), of positions [T]."""
+    frequency = theta ** (-torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim)
+    angle = positions.float()[:, None] * frequency
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def _blocks(sequences: Sequence[SequenceLayout], rows: Sequence[int], keys: Sequence[int]) -> AttentionBlocks:
+    """Attention blocks of all sequences, whose first rows and first keys are given."""
+    return tuple(chain.from_iterable(s.blocks(q, k) for s, q, k in zip(sequences, rows, keys, strict=True)))
+
+
+class CacheAccess(NamedTuple):
+    """What a batch stores in a cache, flattened to [rows * max_length, ...], and where it finds its keys.
+
+    Rows that stay valid are stored; image rows of generation do not, the next step has others. If all rows stay, the
+    keys are those of the cache. Else they are those of the batch, with `past` behind those of the cache.
+    """
+
+    blocks: AttentionBlocks
+    slots: Tensor  # [K] where stored rows go, and
+    stored: Tensor | None = None  # [K] which they are; None: all
+    past: bool = False
 
 
 class Layout:
@@ -80,7 +106,7 @@ class Layout:
         self.sequences = tuple(sequences)
         self.device = torch.device(device)
         self.image_length = max((s.image for s in self.sequences), default=0)
-        self._per_cache_length: dict[int, tuple[tuple[Block, ...], Tensor]] = {}
+        self._per_cache_length: dict[int, CacheAccess] = {}
         self._rotary: dict[tuple[int, float, torch.dtype], tuple[Tensor, Tensor]] = {}
         if any(s.image not in (0, self.image_length) for s in self.sequences):
             lengths = sorted({s.image for s in self.sequences})
@@ -191,28 +217,38 @@ class Layout:
         return self.ranges([end - s.answer - 1 for s, end in pairs], [s.answer for s in self.sequences])
 
     @cached_property
-    def blocks(self) -> tuple[Block, ...]:
+    def blocks(self) -> AttentionBlocks:
         """Attention blocks when the keys are the rows of this batch (no cache)."""
-        pairs = zip(self.sequences, self.starts, strict=False)
-        return tuple(chain.from_iterable(s.blocks(start, start) for s, start in pairs))
+        return _blocks(self.sequences, self.starts[:-1], self.starts[:-1])
 
-    def cache_access(self, max_length: int) -> tuple[tuple[Block, ...], Tensor]:
-        """(attention blocks over the flattened cache [rows * max_length], slots [T] where this batch's keys go)."""
+    def cache_access(self, max_length: int) -> CacheAccess:
+        """How this batch uses a cache of `max_length` rows per sequence."""
         if max_length not in self._per_cache_length:
-            bases = [s.cache_row * max_length for s in self.sequences]
-            triples = zip(self.sequences, self.starts, bases, strict=False)
-            blocks = tuple(chain.from_iterable(s.blocks(start, base) for s, start, base in triples))
-            begin = [base + s.cached for s, base in zip(self.sequences, bases, strict=True)]
-            self._per_cache_length[max_length] = blocks, self.ranges(begin, [s.rows for s in self.sequences])
+            self._per_cache_length[max_length] = self._cache_access(max_length)
         return self._per_cache_length[max_length]
 
+    def _cache_access(self, max_length: int) -> CacheAccess:
+        sequences, starts = self.sequences, self.starts[:-1]
+        bases = [s.cache_row * max_length for s in sequences]
+        stored = [s.kept - s.cached for s in sequences]  # the first rows of a sequence stay, if any
+        slots = self.ranges([base + s.cached for s, base in zip(sequences, bases, strict=True)], stored)
+        if sum(stored) == self.num_rows:
+            return CacheAccess(_blocks(sequences, starts, bases), slots)
+        blocks, past = self.blocks, any(s.cached for s in sequences)
+        if past:
+            triples = zip(sequences, starts, bases, strict=True)
+            blocks = tuple(
+                (*block, base, base + s.cached)
+                for s, start, base in triples
+                for block in replace(s, cached=0).blocks(start, start)
+            )
+        return CacheAccess(blocks, slots, self.ranges(starts, stored), past)
+
     def rotary(self, dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin, each [T, dim / 2] in `dtype` (computed in float32)."""
+        """`rotary_angles` of the positions of this batch."""
         key = (dim, theta, dtype)
         if key not in self._rotary:
-            frequency = theta ** (-torch.arange(0, dim, 2, device=self.device, dtype=torch.float32) / dim)
-            angle = self.positions.float()[:, None] * frequency
-            self._rotary[key] = angle.cos().to(dtype), angle.sin().to(dtype)
+            self._rotary[key] = rotary_angles(self.positions, dim, theta, dtype)
         return self._rotary[key]
 
     def to(self, device: torch.device | str) -> Layout:

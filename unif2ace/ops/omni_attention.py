@@ -5,6 +5,8 @@ Sequences lie packed one behind the other, without pads. What a row may see is t
 them or, if causal, bottom-right aligned: query i of the block sees its keys j <= i + (k_len - q_len). Text to face is
 one causal block over the text and one full block image -> text + image; understanding is one full block over the
 image and one causal block text -> image + text. Keys may outnumber queries: a KV cache is a flat [B * L_max] buffer.
+Where the keys of a block lie in two tensors, those of a cache (`past`) come first and those of the batch behind them:
+the image rows of a denoising step change every time and need no place in a cache.
 
     out_i = sum_j softmax_j(scale * q_i . k_j) v_j        over the keys j that row i sees
 
@@ -22,6 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -32,7 +35,8 @@ from unif2ace.ops import _registry, _sdpa, _varlen
 from unif2ace.ops._checks import describe, dtype_name
 from unif2ace.ops._varlen import Block
 
-AttentionBlocks = tuple[Block, ...]
+PastBlock = tuple[int, int, int, int, bool, int, int]
+AttentionBlocks = tuple[Block | PastBlock, ...]
 
 
 # ----------------------------------------------------------------------------------------------------------- reference
@@ -49,6 +53,23 @@ def reference_omni_attention(q: Tensor, k: Tensor, v: Tensor, blocks: AttentionB
             scores = scores.masked_fill(~seen.tril(scores.shape[2] - scores.shape[1]), -math.inf)
         parts.append(torch.einsum("hqk,khd->qhd", scores.softmax(dim=-1), value))
     return torch.cat(parts)
+
+
+# ------------------------------------------------------------------------------------------------ keys in two tensors
+
+
+def _join_past(
+    k: Tensor, v: Tensor, past: tuple[Tensor, Tensor], blocks: AttentionBlocks
+) -> tuple[Tensor, Tensor, AttentionBlocks]:
+    """The keys of every block in one piece, and blocks of five numbers over them; differentiable."""
+    ranges = [((past_start, past_end), (k_start, k_end)) for _, _, k_start, k_end, _, past_start, past_end in blocks]
+    joined = [
+        torch.cat([x[:0], *(part for first, own in ranges for part in (cached[slice(*first)], x[slice(*own)]))])
+        for x, cached in zip((k, v), past, strict=True)
+    ]
+    ends = list(accumulate((sum(end - start for start, end in pair) for pair in ranges), initial=0))
+    pairs = zip(blocks, pairwise(ends), strict=True)
+    return joined[0], joined[1], tuple((*block[:2], start, end, block[4]) for block, (start, end) in pairs)
 
 
 # ----------------------------------------------------------------------------------------------- native: library calls
@@ -114,8 +135,8 @@ def _flatten(blocks: AttentionBlocks) -> list[int]:
 _flatten_once = lru_cache(maxsize=512)(_flatten)  # every layer passes the same blocks
 
 
-def _unflatten(flat: Sequence[int]) -> AttentionBlocks:
-    return tuple((*flat[i : i + 4], bool(flat[i + 4])) for i in range(0, len(flat), 5))
+def _unflatten(flat: Sequence[int], width: int = 5) -> AttentionBlocks:
+    return tuple((*flat[i : i + 4], bool(flat[i + 4]), *flat[i + 5 : i + width]) for i in range(0, len(flat), width))
 
 
 def _backward_of(function: Callable) -> Callable:
@@ -139,6 +160,15 @@ _registry.define(
     "(Tensor q, Tensor k, Tensor v, int[] blocks, float scale) -> Tensor",
     lambda q, k, v, blocks, scale: q.new_empty(q.shape),
     lambda q, k, v, flat, scale: reference_omni_attention(q, k, v, _unflatten(flat), scale),
+)
+_registry.define(
+    "omni_attention",
+    "omni_attention_past",
+    "(Tensor q, Tensor k, Tensor v, Tensor past_k, Tensor past_v, int[] blocks, float scale) -> Tensor",
+    lambda q, k, v, past_k, past_v, blocks, scale: q.new_empty(q.shape),
+    lambda q, k, v, past_k, past_v, flat, scale: reference_omni_attention(
+        q, *_join_past(k, v, (past_k, past_v), _unflatten(flat, 7)), scale
+    ),
 )
 _registry.define(
     "omni_attention",
@@ -178,6 +208,7 @@ def omni_attention(
     v: Tensor,
     blocks: AttentionBlocks,
     *,
+    past: tuple[Tensor, Tensor] | None = None,
     scale: float | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -187,6 +218,9 @@ def omni_attention(
         q: [T, heads, dim] float. k, v: [S, heads, dim] of the same dtype; S may differ from T (KV cache, flattened).
         blocks: tuple of (q_start, q_end, k_start, k_end, causal), in any order; every query row lies in exactly one.
             Build it once per batch: it is hashed, and what is derived from it is cached.
+        past: keys and values [P, heads, dim] of a cache. Blocks then have two numbers more, (.., past_start, past_end):
+            their keys are those rows of `past`, then rows k_start to k_end of k. Back end `native` on a CPU reads both
+            where they lie; others put them side by side first.
         scale: of the scores; default 1 / sqrt(dim).
 
     Returns:
@@ -200,15 +234,19 @@ def omni_attention(
     """
     if q.dim() != 3 or not q.is_floating_point() or q.shape[2] == 0:
         raise UserError(f"omni_attention: q must be [T, heads, dim >= 1] floating point, got {describe(q)}")
-    for name, x in (("k", k), ("v", v)):
-        if x.dim() != 3 or x.shape[1:] != q.shape[1:] or x.dtype != q.dtype or x.shape != k.shape:
-            expected = f"[S, {q.shape[1]}, {q.shape[2]}] {dtype_name(q.dtype)}, the same for k and v"
-            raise UserError(f"omni_attention: {name} must be {expected}, got {describe(x)}")
+    _check_keys(q, "k", k, "v", v)
+    if past is not None:
+        _check_keys(q, "past keys", past[0], "past values", past[1])
     check = _check_blocks if torch.compiler.is_compiling() else _check_blocks_once
-    blocks = check(tuple(tuple(block) for block in blocks), q.shape[0], k.shape[0])
+    blocks = tuple(tuple(block) for block in blocks)
+    blocks = check(blocks, q.shape[0], k.shape[0], None if past is None else past[0].shape[0])
     scale = 1.0 / math.sqrt(q.shape[2]) if scale is None else float(scale)
     name = _registry.choose("omni_attention", backend, q.device, q.dtype)
-    wants_grad = _registry.needs_grad(q, k, v)
+    wants_grad = _registry.needs_grad(q, k, v, *(past or ()))
+    if past is not None:
+        if name == "native" and q.device.type != "cuda" and not wants_grad:
+            return _registry.registered(name, "omni_attention_past")(q, k, v, *past, _flatten_once(blocks), scale)
+        k, v, blocks = _join_past(k, v, past, blocks)
     if torch.compiler.is_compiling() or (name == "triton" and wants_grad):
         return _OmniAttention.apply(name, q, k, v, _flatten(blocks), scale)
     if name == "reference":
@@ -218,16 +256,30 @@ def omni_attention(
     return _registry.registered(name, "omni_attention")(q, k, v, _flatten_once(blocks), scale)
 
 
-def _check_blocks(blocks: AttentionBlocks, rows: int, keys: int) -> AttentionBlocks:
-    """Refuse blocks that do not fit T = rows and S = keys; returns them."""
+def _check_keys(q: Tensor, k_name: str, k: Tensor, v_name: str, v: Tensor) -> None:
+    for name, x in ((k_name, k), (v_name, v)):
+        if x.dim() != 3 or x.shape[1:] != q.shape[1:] or x.dtype != q.dtype or x.shape != k.shape:
+            expected = f"[S, {q.shape[1]}, {q.shape[2]}] {dtype_name(q.dtype)}, the same for {k_name} and {v_name}"
+            raise UserError(f"omni_attention: {name} must be {expected}, got {describe(x)}")
+
+
+def _check_blocks(blocks: AttentionBlocks, rows: int, keys: int, past: int | None) -> AttentionBlocks:
+    """Refuse blocks that do not fit T = rows, S = keys and P = past; returns them."""
     covered = 0
+    names = "(q_start, q_end, k_start, k_end, causal" + (")" if past is None else ", past_start, past_end)")
     for block in sorted(blocks):
-        if len(block) != 5:
-            raise UserError(f"omni_attention: a block is (q_start, q_end, k_start, k_end, causal), got {block}")
-        q_start, q_end, k_start, k_end, causal = block
-        q_len, k_len = q_end - q_start, k_end - k_start
-        if q_len < 0 or q_end > rows or not 0 <= k_start <= k_end <= keys:
-            raise UserError(f"omni_attention: block {block} lies outside {rows} queries and {keys} keys")
+        if len(block) != (5 if past is None else 7):
+            raise UserError(f"omni_attention: a block is {names}, got {block}")
+        q_start, q_end, k_start, k_end, causal, past_start, past_end = (*block, 0, 0)[:7]
+        q_len, k_len = q_end - q_start, past_end - past_start + k_end - k_start
+        if (
+            q_len < 0
+            or q_end > rows
+            or not 0 <= k_start <= k_end <= keys
+            or not 0 <= past_start <= past_end <= (past or 0)
+        ):
+            also = "" if past is None else f" and {past} of the past"
+            raise UserError(f"omni_attention: block {block} lies outside {rows} queries and {keys} keys{also}")
         if q_len and (k_len == 0 or (causal and k_len < q_len)):
             raise UserError(f"omni_attention: block {block} has {k_len} keys for {q_len} queries, too few")
         if q_start != covered:
