@@ -200,6 +200,72 @@ def test_a_sequence_does_not_depend_on_its_neighbours(backend: str):
     assert torch.equal(alone, whole[12:27])
 
 
+PASTS = {  # 14 keys of the batch, 20 of a cache
+    "images-behind-texts": ((0, 7, 0, 7, False, 0, 5), (7, 14, 7, 14, False, 9, 12)),
+    "nothing-cached": ((0, 5, 0, 5, True, 4, 4), (5, 12, 0, 12, False, 0, 0)),
+    "all-cached": ((0, 1, 3, 3, True, 0, 9), (1, 2, 12, 12, False, 2, 20)),
+    "causal": ((0, 4, 2, 6, True, 3, 14), (4, 9, 6, 11, True, 17, 17), (9, 10, 0, 12, True, 1, 20)),
+}
+each_past = pytest.mark.parametrize("blocks", PASTS.values(), ids=PASTS.keys())
+
+
+def in_one_piece(
+    own: Tensor, past: Tensor, blocks: AttentionBlocks
+) -> tuple[Tensor, tuple[tuple[int, int, int, int, bool], ...]]:
+    """Every block's keys copied behind each other, and blocks over them: the rule for `past` in words."""
+    keys, plain = [], []
+    for q_start, q_end, k_start, k_end, causal, past_start, past_end in blocks:
+        first = sum(map(len, keys))
+        keys += [past[past_start:past_end], own[k_start:k_end]]
+        plain.append((q_start, q_end, first, sum(map(len, keys)), causal))
+    return torch.cat(keys), tuple(plain)
+
+
+def past_problem(blocks: AttentionBlocks, dim: int) -> dict[str, Tensor]:
+    past = dict(zip(("past_k", "past_v"), torch.randn(2, 20, 3, dim), strict=True))
+    return problem(num_rows(blocks), 14, dim=dim) | past
+
+
+@each_dtype
+@each_past
+@each_backend
+@pytest.mark.usefixtures("fast_exponential")
+def test_outputs_and_gradients_with_a_past(backend: str, blocks: AttentionBlocks, dtype: torch.dtype):
+    def run(backend: str, q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor) -> tuple[Tensor, ...]:
+        return (omni_attention(q, k, v, blocks, past=(past_k, past_v), backend=backend),)
+
+    assert_matches_reference(run, past_problem(blocks, dim=8), dtype, backend)
+
+
+@each_dtype
+@each_past
+@pytest.mark.parametrize("dim", [5, 32])
+@each_backend
+@pytest.mark.usefixtures("fast_exponential")
+def test_keys_of_a_cache_come_before_those_of_the_batch(
+    backend: str, dim: int, blocks: AttentionBlocks, dtype: torch.dtype
+):
+    low = {name: x.to(dtype) for name, x in past_problem(blocks, dim).items()}
+
+    def joined(q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor) -> Tensor:
+        (keys, plain), (values, _) = in_one_piece(k, past_k, blocks), in_one_piece(v, past_v, blocks)
+        return reference_omni_attention(q, keys, values, plain, scale=0.3)
+
+    past = low["past_k"], low["past_v"]
+    found = omni_attention(low["q"], low["k"], low["v"], blocks, past=past, scale=0.3, backend=backend)
+    oracle.assert_close(f"{backend} {dtype}", found, joined(**{n: x.double() for n, x in low.items()}), joined(**low))
+
+
+@each_past
+def test_a_cache_is_read_in_place_through_any_strides(blocks: AttentionBlocks):
+    rows, (past_k, past_v) = num_rows(blocks), torch.randn(2, 20, 3, 32)
+    q, k, v = torch.randn(14, 3, 3, 32).unbind(1)
+    found = omni_attention(q[:rows], k, v, blocks, past=(past_k, past_v))
+    wide = torch.stack([past_k, past_v], dim=2)
+    other = omni_attention(q[:rows].clone(), k.clone(), v.clone(), blocks, past=wide.unbind(2))
+    assert torch.equal(found, other)
+
+
 @pytest.mark.gpu
 @each_dtype
 def test_backward_of_many_keys_adds_in_a_fixed_order(dtype: torch.dtype):
@@ -297,6 +363,9 @@ def test_opcheck(backend: str):
     tensors = problem(rows, rows).values()
     flat = [int(number) for block in blocks for number in block]
     torch.library.opcheck(_registry.registered(backend, "omni_attention"), (*tensors, flat, 0.3))
+    with_past = [int(number) for block in blocks for number in (*block, 0, 0)]
+    past_op, past = _registry.registered(backend, "omni_attention_past"), torch.randn(2, 4, 3, 8)
+    torch.library.opcheck(past_op, (*tensors, *past, with_past, 0.3))
     arguments = (torch.randn(rows, 3, 8), *tensors, flat, 0.3)
     torch.library.opcheck(_registry.registered(backend, "omni_attention_backward"), arguments)
 
@@ -324,6 +393,12 @@ def test_compiles_into_one_graph(backend: str):
         ({"k": torch.zeros(6, 2, 4)}, r"k must be \[S, 2, 8\] float32, the same for k and v, got \[6, 2, 4\] float32"),
         ({"v": torch.zeros(5, 2, 8)}, r"v must be \[S, 2, 8\] float32, the same for k and v, got \[5, 2, 8\] float32"),
         ({"v": torch.zeros(6, 2, 8).half()}, r"v must be .*, got \[6, 2, 8\] float16"),
+        ({"past": (torch.zeros(3, 2, 8), torch.zeros(2, 2, 8))}, r"past values must be .*, got \[2, 2, 8\] float32"),
+        ({"past": (torch.zeros(3, 2, 8),) * 2}, r"a block is \(q_start, .*, past_end\), got \(0, 4, 0, 6, False\)"),
+        (
+            {"past": (torch.zeros(3, 2, 8),) * 2, "blocks": ((0, 4, 0, 6, False, 1, 4),)},
+            r"block \(0, 4, 0, 6, False, 1, 4\) lies outside 4 queries and 6 keys and 3 of the past",
+        ),
         ({"blocks": ((0, 3, 0, 6, False),)}, "query row 3 is in no block"),
         ({"blocks": ((0, 1, 0, 6, False), (2, 4, 0, 6, False))}, "query row 1 is in no block"),
         ({"blocks": ((0, 3, 0, 6, False), (2, 4, 0, 6, False))}, "query row 2 is in two blocks"),
