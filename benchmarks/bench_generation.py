@@ -70,16 +70,20 @@ def engine_flops(config: UniF2aceConfig, prompts: list[list[int]], steps: int) -
     """FLOPs of the engine's products: projections, experts and attention of all image rows it runs, and the head."""
     hidden, moe, sequence = config.hidden_size, config.token_moe, config.sequence_moe
     keys = config.image_rows + 3 + sum(map(len, prompts)) / len(prompts) / 2  # half of the rows see no prompt
-    layer = 4 * hidden**2 + 2 * keys * hidden
     if moe is None:
-        layer += 2 * hidden * config.ffn_width
+        feed_forward = 2 * hidden * config.ffn_width
     else:
-        layer += 2 * hidden * (moe.num_experts + moe.top_k * moe.expert_width + moe.shared_width)
+        feed_forward = 2 * hidden * (moe.num_experts + moe.top_k * moe.expert_width + moe.shared_width)
+    layer = 4 * hidden**2 + 2 * keys * hidden + feed_forward
+    tokenwise = 3 * hidden**2 + (feed_forward if config.parallel_block else 0)
     if sequence is not None and "noise" in sequence.generation_experts:
         layer += sequence.resampler_width * hidden
     plan = schedule_steps(config.num_image_tokens, steps)
     sequences = 2 * len(prompts) * (len(plan) - 1) + len(set(map(tuple, prompts))) + 1
     products = sequences * config.image_rows * config.num_layers * layer
+    if len(plan) > 1:  # the first layer: all rows in the first pass, those of new tokens in the others
+        skipped = (len(plan) - 2) * config.image_rows - (plan[1].unknown - plan[-1].unknown)
+        products -= 2 * len(prompts) * skipped * tokenwise
     products += len(prompts) * sum(step.unknown for step in plan) * config.codebook_size * hidden
     return round(2 * products)
 

@@ -17,6 +17,7 @@ import torch
 from benchmarks import machine, shapes, timing
 from benchmarks.ceilings import Ceilings
 from unif2ace.evaluation import tracing
+from unif2ace.memory import keep_freed_memory
 from unif2ace.ops import BACKENDS, _registry
 
 _STARTED = pytest.StashKey[float]()
@@ -42,6 +43,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_STARTED] = time.monotonic()
+    keep_freed_memory()
     threads = config.getoption("--threads")
     if threads is not None:
         torch.set_num_threads(threads)

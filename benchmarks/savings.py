@@ -2,6 +2,7 @@
 
     text        keys and values of the text are computed once, image rows alone run at every step
     step 0      the first step is run once per different prompt, and once for guidance
+    layer 0     the token-wise part of the first layer runs once per token drawn, not per step (text with it)
     rows        the head runs on rows of unknown tokens and columns of codes only
     guidance    is folded before the head, half its work
     one pass    the head and the choice of tokens in one op, a chunk of rows at a time (guidance and columns with it)
@@ -16,13 +17,14 @@ from collections.abc import Sequence, Set
 import torch
 from torch import Tensor
 
+from unif2ace.generation.first_layer import FirstLayer
 from unif2ace.generation.schedule import schedule_steps
 from unif2ace.generation.settings import to_signed
-from unif2ace.model.transformer import UniF2ace
+from unif2ace.model.transformer import Tokenwise, UniF2ace
 from unif2ace.ops import head_sample, linear, remask, sample_tokens
-from unif2ace.vocabulary import pack_generation, pack_generation_step
+from unif2ace.vocabulary import PackedBatch, pack_generation, pack_generation_step
 
-SAVINGS = ("text", "step 0", "rows", "guidance", "one pass")
+SAVINGS = ("text", "step 0", "layer 0", "rows", "guidance", "one pass")
 
 
 class Half:
@@ -33,10 +35,11 @@ class Half:
         different = list(dict.fromkeys(map(tuple, texts)))
         self.first = pack_generation(self.vocabulary, different, codes[:1].expand(len(different), -1))
         self.which = torch.tensor([different.index(tuple(text)) for text in texts])
-        if "text" in savings:
+        if savings & {"text", "layer 0"}:
             self.cache = model.new_cache(len(texts), max(map(len, texts)) + 3)
             model(pack_generation(self.vocabulary, texts), cache=self.cache)
             self.batch = pack_generation_step(self.vocabulary, codes, self.cache.lengths)
+            self.layer, self.seen = FirstLayer(model, len(texts)), torch.full_like(self.batch.token_ids, -1)
         else:
             self.batch = pack_generation(self.vocabulary, texts, codes)
 
@@ -45,9 +48,22 @@ class Half:
         first = step == 0 and "step 0" in self.savings
         batch = self.first if first else self.batch.with_codes(self.vocabulary, codes)
         ratios = torch.full((len(batch.layout.sequences),), ratio)
-        hidden = self.model(batch, mask_ratio=ratios, cache=None if first else self.cache).hidden
+        cache = None if first else self.cache
+        if "layer 0" in self.savings and not first:
+            hidden = self.model.resume(self.tokenwise(batch), batch.layout, mask_ratio=ratios, cache=cache).hidden
+        else:
+            hidden = self.model(batch, mask_ratio=ratios, cache=cache).hidden
         rows = batch.layout.code_rows.view(len(ratios), -1)
         return hidden, rows[self.which] if first else rows
+
+    def tokenwise(self, batch: PackedBatch) -> Tokenwise:
+        """The first layer's part of all rows, after those whose token has changed."""
+        ids, positions = batch.token_ids, batch.layout.positions
+        rows = (ids != self.seen).nonzero()[:, 0]
+        places = rows % self.model.config.image_rows
+        self.layer.update(self.model, ids[rows], places, positions[rows], rows)
+        self.seen = ids
+        return self.layer.read(slice(None))
 
 
 @torch.no_grad()

@@ -284,8 +284,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = build_parser().parse_args(arguments)
     try:
-        from unif2ace import commands
+        from unif2ace import commands, memory
 
+        memory.keep_freed_memory()
         status = getattr(commands, options.command)(options)
         sys.stdout.flush()
     except UserError as error:

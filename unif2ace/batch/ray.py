@@ -30,6 +30,7 @@ from unif2ace.batch.record import Line
 from unif2ace.bundle import model_sha256, resolve_folder
 from unif2ace.errors import UserError
 from unif2ace.files import write_text
+from unif2ace.memory import keep_freed_memory
 from unif2ace.pipeline import UniF2acePipeline
 
 CHUNK = 256  # most results of one file: what is made twice when a worker dies
@@ -139,6 +140,7 @@ class Worker:
         load = self.load
         if model_sha256(resolve_folder(load.model)) != self.job.model_sha256:
             raise UserError(f"model: expected {load.model} of the machine that started the run, got another one")
+        keep_freed_memory()
         torch.set_num_threads(load.threads)
         return UniF2acePipeline.from_pretrained(load.model, device=load.device, backend=load.backend)
 

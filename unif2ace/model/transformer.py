@@ -264,7 +264,13 @@ class UniF2ace(nn.Module):
         return self.layers[0].tokenwise(x, layout, rotary)
 
     def resume(
-        self, first: Tokenwise, layout: Layout, *, cache: KVCache, mask_ratio: Tensor | None = None, rows: Tensor
+        self,
+        first: Tokenwise,
+        layout: Layout,
+        *,
+        cache: KVCache,
+        mask_ratio: Tensor | None = None,
+        rows: Tensor | None = None,
     ) -> ModelOutput:
         """`forward` of generated images from `first` on; arguments and errors as there."""
         self._check(layout, cache)
