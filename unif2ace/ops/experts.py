@@ -39,7 +39,8 @@ GATED = ("swiglu", "geglu")
 
 
 def invariant_tokens(num_experts: int, top_k: int) -> int:
-    """From how many tokens on a token's result has the same bits whatever tokens stand beside it.
+    """From how many tokens on a token's result has the same bits whatever tokens stand beside it, if `expert_mlp` is
+    not told whether they are few.
 
     Back end `native` on a CPU: with fewer than this many its products are dot products, which sum in another order
     (`is_few` in csrc/cpu/experts_few.cpp). The reference multiplies the rows of each expert by themselves, few or many,
@@ -103,6 +104,7 @@ def expert_mlp(
     b_down: Tensor | None = None,
     *,
     activation: str = "gelu_tanh",
+    few: bool | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Send every token through its K experts and add the results up with its routing weights.
@@ -115,6 +117,9 @@ def expert_mlp(
         b_up: [E, I] (gated [E, 2 * I]) or None.
         b_down: [E, H] or None.
         activation: one of `ACTIVATIONS`.
+        few: by `native` on a CPU, few and many tokens take products that sum in different orders. None lets their
+            number decide which; True and False choose, and then a token has the same bits in any number of them: True
+            where there are mostly a few per expert (decoding), False where there are many.
         backend: see `unif2ace.ops.use_backend`.
 
     Returns:
@@ -134,8 +139,8 @@ def expert_mlp(
         return reference_expert_mlp(*arguments)[0]
     try:
         if not _registry.needs_grad(*arguments):  # inference does not write the pre-activation
-            return _registry.registered(name, "expert_mlp")(*arguments, False)[0]
-        return _ExpertMlp.apply(name, *arguments)
+            return _registry.registered(name, "expert_mlp")(*arguments, False, few)[0]
+        return _ExpertMlp.apply(name, few, *arguments)
     except RuntimeError as error:
         raise _registry.as_user_error(error, "expert_mlp") from None
 
@@ -261,11 +266,11 @@ def _grouped_gemm_backward_reference(grad, a, b, offsets, bias, gather):
     return tuple(g.contiguous() for g in grads) + (() if bias is not None else (a.new_empty(0),))
 
 
-def _expert_mlp_fake(x, weights, offsets, order, position, w_up, w_down, b_up, b_down, activation, save):
+def _expert_mlp_fake(x, weights, offsets, order, position, w_up, w_down, b_up, b_down, activation, save, few):
     return x.new_empty(x.shape), x.new_empty(order.shape[0] if save else 0, w_up.shape[1])
 
 
-def _expert_mlp_registered(x, weights, offsets, order, position, w_up, w_down, b_up, b_down, activation, save):
+def _expert_mlp_registered(x, weights, offsets, order, position, w_up, w_down, b_up, b_down, activation, save, few):
     y, pre = reference_expert_mlp(x, weights, offsets, order, position, w_up, w_down, b_up, b_down, activation)
     return y.contiguous(), pre if save else pre.new_empty(0, pre.shape[1])
 
@@ -307,7 +312,7 @@ _registry.define(
     "experts",
     "expert_mlp",
     "(Tensor x, Tensor weights, Tensor offsets, Tensor order, Tensor position, Tensor w_up, Tensor w_down,"
-    " Tensor? b_up, Tensor? b_down, str activation, bool save) -> (Tensor y, Tensor pre)",
+    " Tensor? b_up, Tensor? b_down, str activation, bool save, bool? few) -> (Tensor y, Tensor pre)",
     _expert_mlp_fake,
     _expert_mlp_registered,
 )
@@ -339,9 +344,9 @@ class _GroupedGemm(torch.autograd.Function):
 
 class _ExpertMlp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, backend, x, weights, offsets, order, position, w_up, w_down, b_up, b_down, activation):
+    def forward(ctx, backend, few, x, weights, offsets, order, position, w_up, w_down, b_up, b_down, activation):
         y, pre = _registry.registered(backend, "expert_mlp")(
-            x, weights, offsets, order, position, w_up, w_down, b_up, b_down, activation, True
+            x, weights, offsets, order, position, w_up, w_down, b_up, b_down, activation, True, few
         )
         ctx.save_for_backward(x, pre, weights, offsets, order, position, w_up, w_down, b_up, b_down)
         ctx.backend, ctx.activation = backend, activation
@@ -355,7 +360,7 @@ class _ExpertMlp(torch.autograd.Function):
         grad_x, grad_weights, grad_w_up, grad_w_down, grad_b_up, grad_b_down = found
         grad_b_up = None if b_up is None else grad_b_up
         grad_b_down = None if b_down is None else grad_b_down
-        return None, grad_x, grad_weights, None, None, None, grad_w_up, grad_w_down, grad_b_up, grad_b_down, None
+        return None, None, grad_x, grad_weights, None, None, None, grad_w_up, grad_w_down, grad_b_up, grad_b_down, None
 
 
 # ------------------------------------------------------------------------------------------------------------- checks
