@@ -133,7 +133,7 @@ class GenerationEngine:
             return
         if not job.steps:  # everything is known
             for index in range(job.waiting):
-                self._finish(job, index, job.codes.to(self.slots.tokens.device))
+                self._finish([(job, index, job.codes.to(self.slots.tokens.device))])
             return
         while sum(waiting.waiting for waiting in self._queue) >= self.max_batch:
             self.step()
@@ -212,15 +212,16 @@ class GenerationEngine:
             run_step(self.model, self.slots, plan_step(self.slots, [d for *_, d in self._drawing]))
         except FAILURES:
             self._step_apart()
-        going = []
+        going, done = [], []
         for job, index, drawing in self._drawing:
             moved = replace(drawing, done=drawing.done + 1)
             if moved.done < len(moved.steps):
                 going.append((job, index, moved))
             else:
-                self._finish(job, index, self.slots.codes(drawing.slot))
+                done.append((job, index, self.slots.codes(drawing.slot)))
                 self._free.append(drawing.slot)
         self._drawing = going
+        self._finish(done)
         if self.on_step is not None:
             self.on_step()
 
@@ -242,10 +243,14 @@ class GenerationEngine:
         job.taken = len(job.request.seeds)
         self._queue = deque(waiting for waiting in self._queue if waiting is not job)
 
-    def _finish(self, job: _Job, index: int, codes: Tensor) -> None:
-        # One at a time: convolutions over several images may take another path, and their bits with it.
-        pixels = to_uint8(self.codec.decode(codes[None]))[0]
-        self._finished.append(Face(job.request, index, codes.cpu(), pixels.cpu()))
+    def _finish(self, done: list[tuple[_Job, int, Tensor]]) -> None:
+        """Decode the codes of finished images, all together."""
+        if not done:
+            return
+        codes = torch.stack([codes for *_, codes in done])
+        pixels = to_uint8(self.codec.decode(codes)).cpu()
+        for (job, index, _), own, face in zip(done, codes.cpu(), pixels, strict=True):
+            self._finished.append(Face(job.request, index, own, face))
 
     def _admit(self) -> None:
         """Give free slots to waiting images, in order."""
