@@ -74,7 +74,7 @@ def test_bad_rows_fail_alone_and_are_asked_again(table, ask, tmp_path, pictures,
     pictures[0].save(tmp_path / "later.png")
     assert ask(questions, tmp_path / "out.jsonl") == 1
     captured = capsys.readouterr()
-    assert f"{len(bad) + 2} answers, 2 were done before; {len(bad)} in " in captured.out
+    assert f"{len(bad) + 2} answers, 2 were done before; 1 made in " in captured.out
     assert f"{len(bad) - 1} of {len(bad) + 2} answers failed" in captured.err
     assert read_lines(tmp_path / "out.jsonl")[1]["answer"] == tiny_pipeline().answer(pictures[0], "Why?")[0]
 

@@ -48,7 +48,7 @@ def test_pictures_are_those_of_the_pipeline(table, generate, tmp_path, model, ca
     settings = [(line["steps"], line["guidance"], line["temperature"]) for line in lines]
     assert settings == [(2, 3.0, 1.0)] * 4 + [(3, 0.0, 0.5)] * 2 + [(2, 3.0, 1.0)]
     captured = capsys.readouterr()
-    assert captured.out.startswith(f"{tmp_path / 'out' / 'manifest.jsonl'}: 7 images; 7 in ")
+    assert captured.out.startswith(f"{tmp_path / 'out' / 'manifest.jsonl'}: 7 images; 7 made in ")
     assert captured.err == ""
 
 
@@ -109,7 +109,7 @@ def test_parquet_holds_the_same_pictures(table, generate, tmp_path, capsys):
     assert not (tmp_path / "out.parquet.parts" / "images").exists()
     capsys.readouterr()
     assert generate(prompts, tmp_path / "out.parquet") == 0
-    assert "7 images, 7 were done before; 0 in " in capsys.readouterr().out
+    assert "7 images, 7 were done before; 0 made in " in capsys.readouterr().out
     assert (tmp_path / "out.parquet").read_bytes() == before
     (tmp_path / "out.parquet").unlink()  # without it, all is drawn again
     assert generate(prompts, tmp_path / "out.parquet") == 0
