@@ -118,7 +118,10 @@ def test_json_tells_what_was_done(table, generate, tmp_path, capsys):
 def test_what_has_failed_counts_as_tried_but_not_as_made(table, generate, tmp_path, capsys):
     prompts = table({"prompt": "a face"}, {"prompt": ""}, {"prompt": ""})
     assert generate(prompts, tmp_path / "out") == 1
-    assert "manifest.jsonl: 3 images; 1 made in " in capsys.readouterr().out
+    captured = capsys.readouterr()
+    assert "manifest.jsonl: 3 images; 1 made in " in captured.out
+    assert f"unif2ace: {prompts}:2 (row 1): prompt: expected some text, got an empty string\n" in captured.err
+    assert [line["row"] for line in read_lines(tmp_path / "out" / "manifest.jsonl")] == [0, 1, 2]
     assert generate(prompts, tmp_path / "out", "--json") == 1  # tries the two again
     facts = json.loads(capsys.readouterr().out)
     assert (facts["images"], facts["done_before"], facts["made"], facts["failed"]) == (3, 1, 0, 2)

@@ -68,7 +68,7 @@ def test_bad_rows_fail_alone(table, generate, tmp_path, capsys):
         ({"prompt": 7}, "prompt: expected a string, got int"),
         ({"id": "x"}, "prompt: expected a sentence, got none"),
         ({"prompt": "very " * 200}, "prompt: expected at most 120 tokens, got "),
-        ('{"prompt": "a fa', "table.jsonl:6: expected a JSON object, got a broken one: Unterminated string"),
+        ('{"prompt": "a fa', "expected a JSON object, got a broken one: Unterminated string"),
         ({"prompt": "a face", "seed": -1}, "seed: expected an integer from 0 to 2^64 - 1, got -1"),
         ({"prompt": "a face", "seed": [3]}, "seed: expected an integer from 0 to 2^64 - 1, got [3]"),
         ({"prompt": "a face", "guidance": 10**400}, "guidance_scale: expected a number from 0 to 100, got 1000"),
@@ -148,7 +148,7 @@ def test_png_bytes_depend_on_pixels_only():
 @pytest.mark.parametrize(
     ("rows", "options", "sentence"),
     [
-        ([{"prompt": "a"}, {"promt": "b"}], [], "table.jsonl:2: expected columns among prompt, id, "),
+        ([{"prompt": "a"}, {"promt": "b"}], [], "table.jsonl:2 (row 1): expected columns among prompt, id, "),
         ([], [], "table.jsonl: expected at least one row, got an empty table"),
         ([{"prompt": "a"}], ["--mask", "x.png"], "generate: expected --prompts without --mask, got both"),
         ([{"prompt": "a"}], ["a face"], "generate: expected --prompts without prompt, got both"),

@@ -33,7 +33,7 @@ from unif2ace.batch.faces import Faces, FaceTask
 from unif2ace.batch.output import Output
 from unif2ace.batch.ray import Cluster, Loading
 from unif2ace.batch.record import OPEN, Line, Record
-from unif2ace.batch.table import Table
+from unif2ace.batch.table import Table, place
 from unif2ace.bundle import load_defaults, model_sha256, resolve_folder
 from unif2ace.errors import UserError
 from unif2ace.pipeline import UniF2acePipeline
@@ -192,7 +192,7 @@ class _Run:
             )
         if failed:
             reasons = (
-                f"row {line.get('row', line['number'])}: {line['error']}"
+                f"{place(self.table.path, line.get('row', line['number']))}: {line['error']}"
                 for line in record.lines_in_order()
                 if line["error"] is not None
             )
