@@ -147,6 +147,19 @@ def open_image(path: str | Path) -> Image.Image:
         raise UserError(f"{path}: expected a readable picture, got: {str(error).splitlines()[0]}") from error
 
 
+def open_mask(path: str | Path, size: int, fit: bool) -> Image.Image:
+    """A picture file as a grey mask of `size` x `size`; `fit` crops and resizes it to that."""
+    mask = open_image(path).convert("L")
+    if fit:
+        return ImageOps.fit(mask, (size, size))
+    if mask.size != (size, size):
+        raise UserError(
+            f"{path}: expected a picture of {size} x {size} pixels, got {mask.width} x {mask.height}; --fit crops and "
+            "resizes it"
+        )
+    return mask
+
+
 def open_face(path: str | Path, size: int, fit: bool) -> Image.Image:
     """A picture file as a model takes it, RGB of `size` x `size`; `fit` crops, resizes and converts it to that."""
     image = open_image(path)

@@ -48,9 +48,7 @@ def generate(options: argparse.Namespace) -> int:
             raise UserError(f"generate: expected --prompts without {'--' * (name != 'prompt')}{name}, got both")
     folder = resolve_folder(options.model)
     output = Output.of_faces(Path(options.out or "faces"), faces.FIELDS)
-    settings = load_defaults(folder).override(
-        steps=options.steps, guidance_scale=options.guidance, temperature=options.temperature
-    )
+    settings = load_defaults(folder).override_drawing(options.steps, options.guidance, options.temperature)
     inputs.as_seeds(options.seed, 1)
     digest = model_sha256(folder)
     job = Faces(settings, options.num, options.seed, digest, output.root.absolute(), options.batch_size)

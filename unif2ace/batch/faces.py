@@ -115,9 +115,8 @@ class Faces:
         inputs.as_texts("prompt", [values["prompt"]])
         if "num_images" in values:
             _num_images(row)
-        settings = self.settings.override(
-            steps=values.get("steps"), guidance_scale=values.get("guidance"), temperature=values.get("temperature")
-        )
+        drawing = (values.get(name) for name in ("steps", "guidance", "temperature"))
+        settings = self.settings.override_drawing(*drawing)
         return {
             "steps": settings.steps,
             "guidance": float(settings.guidance_scale),

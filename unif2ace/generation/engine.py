@@ -36,8 +36,8 @@ from unif2ace.codec.pixels import to_uint8
 from unif2ace.errors import UserError
 from unif2ace.generation.denoise import Drawing, Slots, plan_step, run_step
 from unif2ace.generation.prefix import Prefix, run_prefixes
-from unif2ace.generation.schedule import Step, schedule_steps
-from unif2ace.generation.settings import GenerationConfig, check_count, codes_to_draw
+from unif2ace.generation.schedule import Step, check_steps, schedule_steps
+from unif2ace.generation.settings import MAX_GUIDANCE, MAX_TEMPERATURE, check_count, check_number, codes_to_draw
 from unif2ace.model.transformer import UniF2ace
 
 MAX_SEED = 2**64 - 1
@@ -170,12 +170,10 @@ class GenerationEngine:
         return bool(self._queue or self._drawing or self._finished)
 
     def _accept(self, request: Request) -> _Job:
-        GenerationConfig(
-            steps=request.steps,
-            guidance_scale=request.guidance,
-            temperature=request.temperature,
-            remask_tau=request.tau,
-        )
+        check_steps(request.steps)
+        check_number("guidance", request.guidance, MAX_GUIDANCE)
+        check_number("temperature", request.temperature, MAX_TEMPERATURE)
+        check_number("tau", request.tau, MAX_TEMPERATURE)
         text_ids = self.model.vocabulary.n_text
         for name, value in (("prompt", request.prompt), ("seeds", request.seeds)):
             if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
