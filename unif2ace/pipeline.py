@@ -30,7 +30,7 @@ from unif2ace.codec.pixels import to_float
 from unif2ace.errors import UserError
 from unif2ace.generation.answer_text import AnswerText, has_stop
 from unif2ace.generation.decoding import stream_answers
-from unif2ace.generation.draw import ENGINES
+from unif2ace.generation.draw import ENGINES, DrawingTask
 from unif2ace.generation.settings import MAX_TEMPERATURE, GenerationConfig, check_count, check_number, to_signed
 from unif2ace.ops import BACKENDS, _registry, use_backend
 
@@ -169,17 +169,9 @@ class UniF2acePipeline:
         check_count("batch_size", batch_size)
         encoded = inputs.encode_texts("prompt", texts, self.tokenizer, settings.max_prompt_tokens, question=False)
         keep, known_pixels, known = self._known(known_image, known_mask)
+        task = DrawingTask(encoded, seeds, settings, known, batch_size, on_step)
         with self._on_backend():
-            pixels = ENGINES[engine](
-                self.model,
-                self.codec,
-                encoded,
-                seeds,
-                settings,
-                known=known,
-                batch_size=batch_size,
-                on_step=on_step,
-            )
+            pixels = ENGINES[engine](self.model, self.codec, task)
         if keep is not None:
             pixels = torch.where(keep[..., None], known_pixels, pixels)
         return [Image.fromarray(face.numpy()) for face in pixels]
