@@ -75,7 +75,7 @@ class UniF2acePipeline:
         """
         if backend != "auto" and backend not in BACKENDS:
             raise UserError(f"backend: expected one of auto, {', '.join(BACKENDS)}, got {backend!r}")
-        device = _device(device)
+        device = inputs.as_device(device)
         if dtype is None:
             dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
         if dtype not in DTYPES:
@@ -306,19 +306,3 @@ class UniF2acePipeline:
             for name, encoder in self.parts.encoders.items():
                 features[name].append(encoder.encode(images))
         return torch.cat(codes), {name: torch.cat(rows) for name, rows in features.items()}
-
-
-def _device(device: torch.device | str | None) -> torch.device:
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise UserError(f"device: expected a name such as cpu or cuda, got {device!r}") from error
-    if chosen.type not in ("cpu", "cuda"):
-        raise UserError(f"device: expected cpu or cuda, got {device!r}")
-    found = torch.cuda.device_count()
-    if chosen.type == "cuda" and (chosen.index or 0) >= found:
-        expected = f"cpu or one of {found} CUDA devices" if found else "cpu, as there is no CUDA device here"
-        raise UserError(f"device: expected {expected}, got {str(device)!r}")
-    return chosen
