@@ -34,7 +34,7 @@ class Half:
         self.first = pack_generation(self.vocabulary, different, codes[:1].expand(len(different), -1))
         self.which = torch.tensor([different.index(tuple(text)) for text in texts])
         if "text" in savings:
-            self.cache = model.new_cache(len(texts), max(map(len, texts)) + 3 + model.config.image_rows)
+            self.cache = model.new_cache(len(texts), max(map(len, texts)) + 3)
             model(pack_generation(self.vocabulary, texts), cache=self.cache)
             self.batch = pack_generation_step(self.vocabulary, codes, self.cache.lengths)
         else:

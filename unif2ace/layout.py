@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, chain
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -70,6 +71,40 @@ def ranges(starts: Sequence[int], lengths: Sequence[int]) -> Tensor:
     return torch.arange(shift.numel()) + shift
 
 
+def rotary_angles(positions: Tensor, dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin, each [T, dim / 2] in `dtype` (computed in float32), of positions [T]."""
+    frequency = theta ** (-torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim)
+    angle = positions.float()[:, None] * frequency
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def _blocks(sequences: Sequence[SequenceLayout], rows: Sequence[int], keys: Sequence[int]) -> tuple[Block, ...]:
+    """Attention blocks of all sequences, whose first rows and first keys are given."""
+    return tuple(chain.from_iterable(s.blocks(q, k) for s, q, k in zip(sequences, rows, keys, strict=True)))
+
+
+class Join(NamedTuple):
+    """Keys that lie neither in the cache alone nor in the batch alone: each sequence's cached rows, then its own."""
+
+    rows: int
+    own: Tensor  # [T] where the rows of the batch go
+    past: Tensor  # [P] where cached rows go, and
+    source: Tensor  # [P] the flat slots they come from
+
+
+class CacheAccess(NamedTuple):
+    """What a batch stores in a cache, flattened to [rows * max_length, ...], and where it finds its keys.
+
+    Rows that stay valid are stored; image rows of generation do not, the next step has others. If all rows stay, the
+    keys are those of the cache. Else they are those of the batch or, behind cached rows, `join`.
+    """
+
+    blocks: tuple[Block, ...]
+    slots: Tensor  # [K] where stored rows go, and
+    stored: Tensor | None = None  # [K] which they are; None: all
+    join: Join | None = None
+
+
 class Layout:
     """Host-side description of a packed batch and the index tensors derived from it, each built once on first use.
 
@@ -80,7 +115,7 @@ class Layout:
         self.sequences = tuple(sequences)
         self.device = torch.device(device)
         self.image_length = max((s.image for s in self.sequences), default=0)
-        self._per_cache_length: dict[int, tuple[tuple[Block, ...], Tensor]] = {}
+        self._per_cache_length: dict[int, CacheAccess] = {}
         self._rotary: dict[tuple[int, float, torch.dtype], tuple[Tensor, Tensor]] = {}
         if any(s.image not in (0, self.image_length) for s in self.sequences):
             lengths = sorted({s.image for s in self.sequences})
@@ -188,26 +223,37 @@ class Layout:
     @cached_property
     def blocks(self) -> tuple[Block, ...]:
         """Attention blocks when the keys are the rows of this batch (no cache)."""
-        pairs = zip(self.sequences, self.starts, strict=False)
-        return tuple(chain.from_iterable(s.blocks(start, start) for s, start in pairs))
+        return _blocks(self.sequences, self.starts[:-1], self.starts[:-1])
 
-    def cache_access(self, max_length: int) -> tuple[tuple[Block, ...], Tensor]:
-        """(attention blocks over the flattened cache [rows * max_length], slots [T] where this batch's keys go)."""
+    def cache_access(self, max_length: int) -> CacheAccess:
+        """How this batch uses a cache of `max_length` rows per sequence."""
         if max_length not in self._per_cache_length:
-            bases = [s.cache_row * max_length for s in self.sequences]
-            triples = zip(self.sequences, self.starts, bases, strict=False)
-            blocks = tuple(chain.from_iterable(s.blocks(start, base) for s, start, base in triples))
-            begin = [base + s.cached for s, base in zip(self.sequences, bases, strict=True)]
-            self._per_cache_length[max_length] = blocks, self.ranges(begin, [s.rows for s in self.sequences])
+            self._per_cache_length[max_length] = self._cache_access(max_length)
         return self._per_cache_length[max_length]
 
+    def _cache_access(self, max_length: int) -> CacheAccess:
+        sequences, starts = self.sequences, self.starts[:-1]
+        bases = [s.cache_row * max_length for s in sequences]
+        stored = [s.kept - s.cached for s in sequences]  # the first rows of a sequence stay, if any
+        slots = self.ranges([base + s.cached for s, base in zip(sequences, bases, strict=True)], stored)
+        if sum(stored) == self.num_rows:
+            return CacheAccess(_blocks(sequences, starts, bases), slots)
+        stored_rows = self.ranges(starts, stored)
+        cached = [s.cached for s in sequences]
+        if not any(cached):
+            return CacheAccess(self.blocks, slots, stored_rows)
+        begin = list(accumulate((s.cached + s.rows for s in sequences), initial=0))
+        own = self.ranges([at + s.cached for s, at in zip(sequences, begin, strict=False)], [s.rows for s in sequences])
+        past, source = self.ranges(begin[:-1], cached), self.ranges(bases, cached)
+        return CacheAccess(
+            _blocks(sequences, starts, begin[:-1]), slots, stored_rows, Join(begin[-1], own, past, source)
+        )
+
     def rotary(self, dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin, each [T, dim / 2] in `dtype` (computed in float32)."""
+        """`rotary_angles` of the positions of this batch."""
         key = (dim, theta, dtype)
         if key not in self._rotary:
-            frequency = theta ** (-torch.arange(0, dim, 2, device=self.device, dtype=torch.float32) / dim)
-            angle = self.positions.float()[:, None] * frequency
-            self._rotary[key] = angle.cos().to(dtype), angle.sin().to(dtype)
+            self._rotary[key] = rotary_angles(self.positions, dim, theta, dtype)
         return self._rotary[key]
 
     def to(self, device: torch.device | str) -> Layout:

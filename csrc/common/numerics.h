@@ -111,6 +111,23 @@ UNIF2ACE_INLINE F exp_nonpositive(F x) {
   return x < -86.0f ? splat<F>(0.0f) : (x == x ? scaled : x);
 }
 
+// 2^x for x <= 0, within two units in the last place; 0 below -126.5; NaN stays NaN. Cheaper than e^x where a factor of
+// log2(e) costs nothing. x = n + r with |r| <= 1/2; the polynomial is the minimax one of 2^r, error below 2e-9.
+template <class F>
+UNIF2ACE_INLINE F exp2_nonpositive(F x) {
+  const float shift = 12582912.0f + 127.0f;  // as above; 127 is the exponent of 1, so that -127 ends as the float 0
+  const F clamped = maximum(splat<F>(-127.0f), x);
+  const F t = clamped + shift;
+  const F r = clamped - (t - shift);
+  F y = r * 1.53533620e-4f + 1.33988746e-3f;
+  y = y * r + 9.61843736e-3f;
+  y = y * r + 5.55033247e-2f;
+  y = y * r + 2.40226479e-1f;
+  y = y * r + 6.93147203e-1f;
+  y = y * r + 1.0f;
+  return y * bits_float<F>(shift_left(float_bits(t), 23));
+}
+
 // ln x for normal x > 0, error below 1.5e-7 (absolute near 1, relative elsewhere).
 // x = m 2^e with m in [sqrt(1/2), sqrt(2)); ln m = 2 artanh(s), s = (m-1)/(m+1), |s| < 0.172: five odd terms suffice.
 template <class F>

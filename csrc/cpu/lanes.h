@@ -4,6 +4,14 @@
 
 #include "common/numerics.h"
 
+// Four lanes of two Floats4, those of b counted from 4 on. GCC moves {a[0], b[0], a[1], b[1]} lane by lane instead,
+// through integer registers.
+#if __has_builtin(__builtin_shufflevector)
+#define UNIF2ACE_PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else  // GCC before 12
+#define UNIF2ACE_PICK(a, b, ...) __builtin_shuffle(a, b, Ints4{__VA_ARGS__})
+#endif
+
 namespace unif2ace {
 
 typedef float Floats4 __attribute__((vector_size(16)));   // SSE, NEON

@@ -1,5 +1,5 @@
-// Sums over 16 lanes whatever the width of the vectors, so that every instruction set adds in the same order; and loads
-// and stores that stop at the end of a row.
+// Sums and maxima over 16 lanes whatever the width of the vectors, so that every instruction set adds in the same
+// order; and loads and stores that stop at the end of a row.
 #pragma once
 
 #include "cpu/convert.h"
@@ -24,20 +24,28 @@ UNIF2ACE_INLINE void store_part(T* to, F x, int64_t left) {
     store_some(to, x, static_cast<int>(left));
 }
 
-// 16 running sums.
+// 16 running sums or maxima.
 template <class F>
 struct Lanes16 {
   F part[kParts<F>] = {};
 
   // Their total: halves are folded onto each other until four lanes are left.
   UNIF2ACE_INLINE float sum() const {
-    float lane[16];
+    float lane[16], eight[8];
     memcpy(lane, part, sizeof lane);
-    const Floats8 eight = load<Floats8>(lane) + load<Floats8>(lane + 8);
-    float fold[8];
-    store(fold, eight);
-    const Floats4 four = load<Floats4>(fold) + load<Floats4>(fold + 4);
+    store(eight, load<Floats8>(lane) + load<Floats8>(lane + 8));
+    const Floats4 four = load<Floats4>(eight) + load<Floats4>(eight + 4);
     return (four[0] + four[2]) + (four[1] + four[3]);
+  }
+
+  // The largest. Vectors to the end: the maximum of two scalars would become a branch.
+  UNIF2ACE_INLINE float highest() const {
+    float lane[16], eight[8];
+    memcpy(lane, part, sizeof lane);
+    store(eight, maximum(load<Floats8>(lane), load<Floats8>(lane + 8)));
+    const Floats4 four = maximum(load<Floats4>(eight), load<Floats4>(eight + 4));
+    const Floats4 two = maximum(four, UNIF2ACE_PICK(four, four, 2, 3, 0, 1));
+    return maximum(two, UNIF2ACE_PICK(two, two, 1, 0, 3, 2))[0];
   }
 };
 

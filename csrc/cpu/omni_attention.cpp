@@ -9,7 +9,7 @@
 // whole vectors; then tiles of a few query rows take all their keys at once:
 //
 //   scores [rows, keys] = (scale q) k^T       lanes over keys, one accumulator per (row, vector)
-//   p = exp(scores - max), sum                lanes over keys
+//   p = 2^(scores - max), sum                 lanes over keys; log2(e) is part of the scale
 //   out = (p v) / sum                         lanes over head dimensions
 //
 // A score is one running sum over the head's dimensions, an output one running sum over the keys (in parts of 128, as
@@ -22,14 +22,17 @@
 
 #include "cpu/heads.h"
 #include "cpu/isa.h"
+#include "cpu/lanes16.h"
 #include "cpu/transpose.h"
 
 namespace unif2ace::omni_attention {
 namespace {
 
 constexpr int kPart = 128;      // keys per running sum of an output
-constexpr int kTile = 8;        // query rows that are scored together
+constexpr int kTile = 6;        // query rows that are scored together; divides 66, 258 and 1026, the rows of images
 constexpr int kBlockWidth = 5;  // q_start, q_end, k_start, k_end, causal
+
+constexpr int32_t kLane[kLanes] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 struct Problem {
   ScalarType dtype;
@@ -37,24 +40,26 @@ struct Problem {
   void* out;  // [T, heads, dim], contiguous
   int64_t heads;
   int dim;
-  float scale;
+  float scale;  // of scores in units of ln 2
   const int64_t* blocks;
 };
 
 // Working memory of one thread, for the longest block.
 struct Scratch {
-  std::vector<float> floats;
-  float *keys, *values, *query, *scores, *out, *sums;
+  struct alignas(64) Line {
+    float lane[kLanes];
+  };
+  std::vector<Line> lines;  // a vector that crosses a line of the cache would be two accesses
+  float *keys, *values, *query, *scores, *out;
 
   Scratch(const Problem& a, int64_t longest) {
     const int64_t keys_wide = padded(longest), wide = padded(a.dim);
-    floats.resize(keys_wide * (2 * wide + kTile) + 2 * kTile * wide + kTile);
-    keys = floats.data();                // [dim padded, keys]
+    lines.resize((keys_wide * (2 * wide + kTile) + 2 * kTile * wide) / kLanes);
+    keys = lines.data()->lane;           // [dim padded, keys]
     values = keys + wide * keys_wide;    // [keys, dim padded]
     scores = values + keys_wide * wide;  // [tile, keys]
     query = scores + kTile * keys_wide;  // [tile, dim padded], scaled
     out = query + kTile * wide;          // [tile, dim padded]
-    sums = out + kTile * wide;           // [tile]
   }
 };
 
@@ -83,50 +88,61 @@ UNIF2ACE_INLINE void multiply(const float* x, int64_t x_stride, const float* y, 
     }
 }
 
-template <class F, int rows>
+// The same for any number of columns, `vectors` of them at a time, then half as many, down to one.
+template <class F, int rows, int vectors>
 UNIF2ACE_INLINE void multiply_rows(const float* x, int64_t x_stride, const float* y, int64_t y_stride, int64_t n,
                                    int64_t columns, float* out, int64_t out_stride, bool add) {
+  constexpr int wide = vectors * kWidth<F>;
   int64_t c = 0;
-  for (; c + 2 * kWidth<F> <= columns; c += 2 * kWidth<F>)
-    multiply<F, rows, 2>(x, x_stride, y + c, y_stride, n, out + c, out_stride, add);
-  for (; c < columns; c += kWidth<F>) multiply<F, rows, 1>(x, x_stride, y + c, y_stride, n, out + c, out_stride, add);
+  for (; c + wide <= columns; c += wide)
+    multiply<F, rows, vectors>(x, x_stride, y + c, y_stride, n, out + c, out_stride, add);
+  if constexpr (vectors > 1)
+    multiply_rows<F, rows, vectors / 2>(x, x_stride, y + c, y_stride, n, columns - c, out + c, out_stride, add);
 }
 
-// The `live` rows of a tile, rounded up. Accumulators fill the registers: 8 rows of 2 vectors for the 32 of AVX-512, 4
-// for the 16 of others; a single row (text being decoded) goes alone.
+// The rows of a tile, or one alone (text being decoded). Accumulators fill the registers: 6 rows of 4 vectors the 32 of
+// AVX-512, of 2 the 16 of others.
 template <class F>
-UNIF2ACE_INLINE void multiply_tile(int64_t live, const float* x, int64_t x_stride, const float* y, int64_t y_stride,
+UNIF2ACE_INLINE void multiply_tile(bool alone, const float* x, int64_t x_stride, const float* y, int64_t y_stride,
                                    int64_t n, int64_t columns, float* out, int64_t out_stride, bool add) {
-  if (live == 1) return multiply_rows<F, 1>(x, x_stride, y, y_stride, n, columns, out, out_stride, add);
-  constexpr int rows = kWidth<F> == 16 ? 8 : 4;
-  for (int r = 0; r < live; r += rows)
-    multiply_rows<F, rows>(x + r * x_stride, x_stride, y, y_stride, n, columns, out + r * out_stride, out_stride, add);
+  constexpr int vectors = kWidth<F> == 16 ? 4 : 2;
+  if (alone)
+    multiply_rows<F, 1, vectors>(x, x_stride, y, y_stride, n, columns, out, out_stride, add);
+  else
+    multiply_rows<F, kTile, vectors>(x, x_stride, y, y_stride, n, columns, out, out_stride, add);
 }
 
-// Scores of one row -> exponentials in place, zeros from `visible` to `wide`; returns their sum.
+// Scores of one row from `visible` to `wide` -> -infinity. By whole vectors: a load right behind stores of its parts
+// would wait for the cache.
 template <class F>
-UNIF2ACE_INLINE float softmax_row(float* score, int64_t visible, int64_t wide) {
-  constexpr int parts = kLanes / kWidth<F>;
-  const float hidden = -__builtin_inff();
-  for (int64_t j = visible; j < wide; ++j) score[j] = hidden;
-  F highest[parts], sum[parts];
-  for (int p = 0; p < parts; ++p) highest[p] = splat<F>(hidden), sum[p] = F{};
+UNIF2ACE_INLINE void hide(float* score, int64_t visible, int64_t wide) {
+  for (int64_t j = visible / kWidth<F> * kWidth<F>; j < wide; j += kWidth<F>) {
+    const F shown = load<F>(score + j), hidden = splat<F>(-__builtin_inff());
+    store(score + j, load<Integers<F>>(kLane) < static_cast<int32_t>(visible - j) ? shown : hidden);
+  }
+}
+
+template <class F>
+UNIF2ACE_INLINE float highest_of(const float* score, int64_t wide) {
+  Lanes16<F> lanes;
+  memcpy(lanes.part, score, sizeof lanes.part);
+  for (int64_t j = kLanes; j < wide; j += kLanes)
+    for (int p = 0; p < kParts<F>; ++p) lanes.part[p] = maximum(lanes.part[p], load<F>(score + j + p * kWidth<F>));
+  return lanes.highest();
+}
+
+// Scores of one row -> 2^(score - highest) in place; returns their sum.
+template <class F>
+UNIF2ACE_INLINE float exponentials(float* score, int64_t wide, float highest) {
+  Lanes16<F> sum;
   for (int64_t j = 0; j < wide; j += kLanes)
-    for (int p = 0; p < parts; ++p) highest[p] = maximum(highest[p], load<F>(score + j + p * kWidth<F>));
-  float lanes[kLanes], max = hidden;
-  memcpy(lanes, highest, sizeof lanes);
-  for (int l = 0; l < kLanes; ++l) max = maximum(max, lanes[l]);
-  for (int64_t j = 0; j < wide; j += kLanes)
-    for (int p = 0; p < parts; ++p) {
+    for (int p = 0; p < kParts<F>; ++p) {
       float* at = score + j + p * kWidth<F>;
-      const F e = exp_nonpositive(load<F>(at) - max);
+      const F e = exp2_nonpositive(load<F>(at) - highest);
       store(at, e);
-      sum[p] += e;
+      sum.part[p] += e;
     }
-  memcpy(lanes, sum, sizeof lanes);
-  for (int step = kLanes / 2; step > 0; step /= 2)
-    for (int l = 0; l < step; ++l) lanes[l] += lanes[l + step];
-  return lanes[0];
+  return sum.sum();
 }
 
 // A head's keys as [dim, keys] and its values as [keys, dim], zeros where they are padded: nobody sees the padding, but
@@ -135,18 +151,23 @@ template <class F>
 UNIF2ACE_INLINE std::pair<const float*, int64_t> prepare(const Problem& a, int64_t k_start, int64_t k_len, int64_t head,
                                                          const Scratch& s) {
   const int64_t keys_wide = padded(k_len), wide = padded(a.dim);
+  const bool in_place = a.dtype == ScalarType::Float && a.dim == wide;
   for (int64_t j = 0; j < keys_wide; j += 4) {
-    float* rows = s.out;  // not in use yet: room for kTile rows
-    for (int64_t r = 0; r < 4; ++r)
-      if (j + r < k_len)
-        load_head<F>(a, a.k, k_start + j + r, head, rows + r * wide);
-      else
-        for (int64_t d = 0; d < wide; ++d) rows[r * wide + d] = 0.0f;
-    transpose_rows(rows, wide, wide, s.keys + j, keys_wide);
+    const float* rows = s.out;  // not in use yet: room for kTile rows
+    int64_t stride = wide;
+    if (in_place && j + 4 <= k_len) {
+      rows = static_cast<const float*>(a.k.data) + a.k.at(k_start + j, head);
+      stride = a.k.stride_token;
+    } else {
+      for (int64_t r = 0; r < 4; ++r)
+        if (j + r < k_len)
+          load_head<F>(a, a.k, k_start + j + r, head, s.out + r * wide);
+        else
+          for (int64_t d = 0; d < wide; ++d) s.out[r * wide + d] = 0.0f;
+    }
+    transpose_rows(rows, stride, wide, s.keys + j, keys_wide);
   }
-  if (a.dtype == ScalarType::Float && a.dim == wide)
-    return {static_cast<const float*>(a.v.data) + k_start * a.v.stride_token + head * a.v.stride_head,
-            a.v.stride_token};
+  if (in_place) return {static_cast<const float*>(a.v.data) + a.v.at(k_start, head), a.v.stride_token};
   for (int64_t j = 0; j < k_len; ++j) load_head<F>(a, a.v, k_start + j, head, s.values + j * wide);
   return {s.values, wide};
 }
@@ -166,17 +187,22 @@ UNIF2ACE_INLINE void attend(const Problem& a, const int64_t* block, int64_t head
     }
     const int64_t seen = causal ? k_len - q_len + first + live : k_len;  // by the last row of the tile
     const int64_t seen_wide = padded(seen);
-    multiply_tile<F>(live, s.query, wide, s.keys, keys_wide, a.dim, seen_wide, s.scores, keys_wide, false);
+    multiply_tile<F>(live == 1, s.query, wide, s.keys, keys_wide, a.dim, seen_wide, s.scores, keys_wide, false);
+    // Two loops: a row's exponentials need not wait for its maximum, the longest chain of all, if others come between.
+    float highest[kTile], sum[kTile];
     for (int64_t r = 0; r < live; ++r) {
-      const int64_t visible = causal ? std::min(seen, k_len - q_len + first + r + 1) : k_len;
-      s.sums[r] = softmax_row<F>(s.scores + r * keys_wide, visible, seen_wide);
+      float* score = s.scores + r * keys_wide;
+      hide<F>(score, causal ? k_len - q_len + first + r + 1 : k_len, seen_wide);
+      highest[r] = highest_of<F>(score, seen_wide);
     }
+    for (int64_t r = 0; r < live; ++r) sum[r] = exponentials<F>(s.scores + r * keys_wide, seen_wide, highest[r]);
     for (int64_t j = 0; j < seen; j += kPart)
-      multiply_tile<F>(live, s.scores + j, keys_wide, values + j * values_stride, values_stride,
+      multiply_tile<F>(live == 1, s.scores + j, keys_wide, values + j * values_stride, values_stride,
                        std::min<int64_t>(kPart, seen - j), wide, s.out, wide, j > 0);
     for (int64_t r = 0; r < live; ++r) {
       float* row = s.out + r * wide;
-      for (int64_t d = 0; d < wide; d += kWidth<F>) store(row + d, load<F>(row + d) / s.sums[r]);
+      const float share = 1.0f / sum[r];
+      for (int64_t d = 0; d < wide; d += kWidth<F>) store(row + d, load<F>(row + d) * share);
       store_row<F>(a.dtype, row, a.dim, a.out, ((q_start + first + r) * a.heads + head) * a.dim);
     }
   }
@@ -223,7 +249,7 @@ Tensor omni_attention(const Tensor& q, const Tensor& k, const Tensor& v, std::ve
                   out.mutable_data_ptr(),
                   heads,
                   static_cast<int>(q.size(2)),
-                  static_cast<float>(scale),
+                  static_cast<float>(scale * 1.4426950408889634),  // log2(e): see exponentials
                   blocks.data()};
   torch::stable::parallel_for(0, count * heads, 1, [&](int64_t begin, int64_t end) {
     const Scratch scratch(a, longest);

@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from tests.tiny import build_parts
-from unif2ace.generation.denoise import Drawing, Slots, plan_step, run_step
+from unif2ace.generation.denoise import run_step
+from unif2ace.generation.plan import plan_step
 from unif2ace.generation.prefix import run_prefixes
 from unif2ace.generation.schedule import schedule_steps
+from unif2ace.generation.slots import Drawing, Slots
 from unif2ace.model.transformer import UniF2ace
 from unif2ace.ops import _registry, use_backend
 
@@ -82,11 +84,11 @@ def test_plans_depend_on_the_schedule_alone():
 def test_the_whole_loop_is_one_graph():
     model = build_parts().model.to("cuda")
     slots, plans = start(model)
-    tokens, unknown = slots.tokens.clone(), slots.unknown.clone()
+    tokens, unknown = slots.tokens.clone(), slots.order.clone()
 
     def reset():
         slots.tokens.copy_(tokens)
-        slots.unknown.copy_(unknown)
+        slots.order.copy_(unknown)
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

@@ -7,6 +7,7 @@ from benchmarks.savings import SAVINGS, draw
 from tests.tiny import build_parts
 from unif2ace.generation.engine import GenerationEngine, Request
 from unif2ace.generation.plain import generate_codes
+from unif2ace.generation.prefix import invariant_rows
 
 PROMPTS = [[5, 6, 7], [8], [5, 6, 7], [9, 10, 11, 12, 13]]
 SEEDS = [3, 2**63 + 5, 0, 11]
@@ -54,24 +55,39 @@ def test_known_tokens_stay_and_the_rest_is_that_of_the_plain_loop(parts):
         assert torch.equal(face.codes[known[face.request.key]], wanted[face.request.key][known[face.request.key]])
 
 
-def test_what_images_share_is_run_once(parts, monkeypatch):
-    """Three variations of one prompt: its text and first step once, guidance's first step once, and then two passes."""
-    rows, forward = [], type(parts.model).forward
+def test_what_images_and_steps_share_is_run_once(parts, monkeypatch):
+    """Three variations of one prompt: its text and first step once, guidance's first step once, and then two passes.
 
-    def counted(self, batch, **options):
-        rows.append((batch.layout.num_rows, len(options["rows"])))
+    The token-wise part of the first layer runs for all rows before the first of them, then for the tokens drawn.
+    """
+    model, passes, started = type(parts.model), [], []
+    forward, resume, start = model.forward, model.resume, model.start_image_rows
+
+    def counted_forward(self, batch, **options):
+        passes.append((batch.layout.num_rows, len(options["rows"])))
         return forward(self, batch, **options)
 
-    monkeypatch.setattr(type(parts.model), "forward", counted)
+    def counted_resume(self, first, layout, **options):
+        passes.append((layout.num_rows, len(options["rows"])))
+        return resume(self, first, layout, **options)
+
+    def counted_start(self, tokens, *rest):
+        started.append(len(tokens))
+        return start(self, tokens, *rest)
+
+    monkeypatch.setattr(model, "forward", counted_forward)
+    monkeypatch.setattr(model, "resume", counted_resume)
+    monkeypatch.setattr(model, "start_image_rows", counted_start)
     size, image = parts.model.config.num_image_tokens, parts.model.config.image_rows
     engine = GenerationEngine(parts.model, parts.codec, 3)
     faces = list(engine.stream([Request([5, 6, 7], [1, 2, 3], steps=3)]))
     assert len({face.codes.numpy().tobytes() for face in faces}) == 3
-    added = rows[0][0] - (6 + image) - (3 + image)
+    added = passes[0][0] - (6 + image) - (3 + image)
     assert added % (3 + image) == 0  # empty prompts, where a pass would have too few rows
-    assert rows[0][1] == 2 * size + added // (3 + image) * size
+    assert passes[0][1] == 2 * size + added // (3 + image) * size
     unknown = [13, 8]  # floor(16 cos(pi k / 6)), k = 1, 2
-    assert rows[1:] == [(6 * image, 6 * count) for count in unknown]
-    rows.clear()
+    assert passes[1:] == [(6 * image, 6 * count) for count in unknown]
+    assert started == [6 * image, max(6 * (13 - 8), invariant_rows(parts.model.config))]
+    passes.clear()
     list(engine.stream([Request([5, 6, 7], [4], steps=1)]))
-    assert rows == []  # a known prompt and one step: no pass at all
+    assert passes == []  # a known prompt and one step: no pass at all

@@ -91,8 +91,8 @@ def test_wrong_uses_are_refused(model, make):
     with torch.no_grad():
         with pytest.raises(UserError, match="holds 0 rows"):
             model(step, cache=model.new_cache(2, 30), **made.arguments)
-        with pytest.raises(UserError, match="does not fit max_length = 9"):
-            model(made.batch, cache=model.new_cache(2, 9), **made.arguments)
+        with pytest.raises(UserError, match="does not fit max_length = 6"):
+            model(made.batch, cache=model.new_cache(2, 6), **made.arguments)
         with pytest.raises(UserError, match="distinct cache rows below 1"):
             model(made.batch, cache=model.new_cache(1, 30), **made.arguments)
     with pytest.raises(UserError, match="pack_text_step"):

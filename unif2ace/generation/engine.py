@@ -34,10 +34,12 @@ from tqdm import tqdm
 from unif2ace.codec import SmallCodec
 from unif2ace.codec.pixels import to_uint8
 from unif2ace.errors import UserError
-from unif2ace.generation.denoise import Drawing, Slots, plan_step, run_step
+from unif2ace.generation.denoise import run_step
+from unif2ace.generation.plan import plan_step
 from unif2ace.generation.prefix import Prefix, run_prefixes
 from unif2ace.generation.schedule import Step, check_steps, schedule_steps
 from unif2ace.generation.settings import MAX_GUIDANCE, MAX_TEMPERATURE, check_count, check_number, codes_to_draw
+from unif2ace.generation.slots import Drawing, Slots
 from unif2ace.model.transformer import UniF2ace
 
 MAX_SEED = 2**64 - 1

@@ -52,7 +52,7 @@ def run_prefixes(model: UniF2ace, prompts: Sequence[Sequence[int]], codes: Seque
     unknown = [(image == vocabulary.mask_code).nonzero()[:, 0] for image in images]
     counts = [len(positions) for positions in unknown]
     first = batch.layout.code_rows[::size].repeat_interleave(torch.tensor(counts))
-    cache = model.new_cache(len(texts), max(map(len, texts)) + 3 + config.image_rows)
+    cache = model.new_cache(len(texts), max(map(len, texts)) + 3)
     hidden = model(
         batch.to(device),
         mask_ratio=torch.tensor([max(1, count) / size for count in counts], device=device),

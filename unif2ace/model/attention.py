@@ -10,7 +10,8 @@ the attention itself knows about sequences, through the blocks of the layout.
 
 The cache holds keys *after* LayerNorm and rotary, so a cached row is never touched again. It is one buffer
 [layers, rows, max_length, heads, head_dim]; a layer's slice, flattened to [rows * max_length, ...], is what the
-attention blocks address. Generation writes its image keys behind the cached text and overwrites them every step.
+attention blocks of a decoding step address. The rows of an image being generated see text keys of the cache and their
+own, which are put side by side for one layer at a time: small enough to stay in a processor's caches.
 """
 
 from __future__ import annotations
@@ -20,16 +21,16 @@ from torch import Tensor, nn
 
 from unif2ace.config import UniF2aceConfig
 from unif2ace.errors import UserError
-from unif2ace.layout import Layout
+from unif2ace.layout import CacheAccess, Layout
 from unif2ace.model.linear import Linear
 from unif2ace.ops import omni_attention, rotate_heads
 
 
 class KVCache:
-    """Keys and values of all layers for up to `batch` sequences of up to `max_length` rows.
+    """Keys and values of all layers for up to `batch` sequences of up to `max_length` rows that stay valid.
 
-    `lengths[row]` is the number of rows whose keys stay valid; the model advances it after each pass (image rows of
-    generation change every step, hence never count). A sequence with `cached == 0` starts its cache row anew.
+    Image rows of generation change every step, so they are never stored. `lengths[row]` is the number of rows stored;
+    the model advances it after each pass. A sequence with `cached == 0` starts its cache row anew.
     Memory: 2 * layers * batch * max_length * hidden elements.
     """
 
@@ -54,10 +55,9 @@ class KVCache:
         if len(set(rows)) != len(rows) or any(row < 0 or row >= len(self.lengths) for row in rows):
             raise UserError(f"KVCache: sequences need distinct cache rows below {len(self.lengths)}, got {rows}")
         for sequence in layout.sequences:
-            if sequence.cached + sequence.rows > self.max_length:
+            if sequence.kept > self.max_length:
                 raise UserError(
-                    f"KVCache: a sequence of {sequence.cached + sequence.rows} rows does not fit max_length = "
-                    f"{self.max_length}"
+                    f"KVCache: a sequence of {sequence.kept} rows to keep does not fit max_length = {self.max_length}"
                 )
             if sequence.cached not in (0, self.lengths[sequence.cache_row]):
                 raise UserError(
@@ -81,12 +81,23 @@ class KVCache:
         for buffer, rows in zip((self.keys, self.values), stored, strict=True):
             buffer[:, row, :length] = rows
 
-    def write(self, layer: int, slots: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store [T, heads, head_dim] at flat `slots` [T] and return the layer's flattened keys and values."""
-        keys, values = self.keys[layer].flatten(0, 1), self.values[layer].flatten(0, 1)
-        keys.index_copy_(0, slots, key)
-        values.index_copy_(0, slots, value)
-        return keys, values
+    def extend(self, layer: int, access: CacheAccess, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Store those of the new rows [T, heads, head_dim] that stay; keys and values for the blocks of `access`."""
+        both = []
+        for buffer, new in ((self.keys, key), (self.values, value)):
+            stored = buffer[layer].flatten(0, 1)
+            if access.stored is None:
+                stored.index_copy_(0, access.slots, new)
+                new = stored
+            elif len(access.slots):
+                stored.index_copy_(0, access.slots, new.index_select(0, access.stored))
+            if access.join is not None:
+                joined = new.new_empty(access.join.rows, *new.shape[1:])
+                joined.index_copy_(0, access.join.own, new)
+                joined.index_copy_(0, access.join.past, stored.index_select(0, access.join.source))
+                new = joined
+            both.append(new)
+        return both[0], both[1]
 
 
 class Attention(nn.Module):
@@ -101,15 +112,20 @@ class Attention(nn.Module):
         self.k_norm = nn.LayerNorm(dim, eps=config.layer_norm_eps)
         self.out = Linear(hidden, hidden)
 
-    def forward(
-        self, h: Tensor, layout: Layout, rotary: tuple[Tensor, Tensor], cache: KVCache | None, layer: int
-    ) -> Tensor:
-        """h [T, H] (already normalised) -> [T, H]."""
+    def project(self, h: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """h [T, H] (already normalised) -> queries, keys, values, each [T, heads, head_dim]. Each row by itself."""
         query, key, value = self.qkv(h).view(len(h), 3, self.heads, self.head_dim).unbind(1)
         query = rotate_heads(query, self.q_norm.weight, self.q_norm.bias, *rotary, eps=self.q_norm.eps)
         key = rotate_heads(key, self.k_norm.weight, self.k_norm.bias, *rotary, eps=self.k_norm.eps)
+        return query, key, value
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, layout: Layout, cache: KVCache | None, layer: int
+    ) -> Tensor:
+        """What `project` gave -> [T, H]."""
         blocks = layout.blocks
         if cache is not None:
-            blocks, slots = layout.cache_access(cache.max_length)
-            key, value = cache.write(layer, slots, key, value)
+            access = layout.cache_access(cache.max_length)
+            key, value = cache.extend(layer, access, key, value)
+            blocks = access.blocks
         return self.out(omni_attention(query, key, value, blocks).flatten(1))

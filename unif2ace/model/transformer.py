@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from unif2ace.config import UniF2aceConfig
 from unif2ace.errors import UserError
-from unif2ace.layout import Layout
+from unif2ace.layout import Layout, SequenceLayout, rotary_angles
 from unif2ace.model import weights
 from unif2ace.model.attention import Attention, KVCache
 from unif2ace.model.sequence_moe import MaskRatioEmbedding, SequenceMoE
@@ -45,8 +45,22 @@ class ModelOutput(NamedTuple):
     sequence_plans: list[RoutingPlan]
 
 
+class Tokenwise(NamedTuple):
+    """What a layer computes of each row by itself, before rows see each other.
+
+    `x` [T, H]: the residual stream, in a parallel block with the feed-forward added. `query`, `key`, `value`
+    [T, heads, head_dim]. `plan`: token-level routing.
+    """
+
+    x: Tensor
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    plan: RoutingPlan | None = None
+
+
 class Block(nn.Module):
-    """One transformer layer."""
+    """One transformer layer: `tokenwise`, then `mix`."""
 
     def __init__(self, config: UniF2aceConfig) -> None:
         super().__init__()
@@ -73,13 +87,23 @@ class Block(nn.Module):
         resampled: Features,
     ) -> tuple[Tensor, RoutingPlan | None, RoutingPlan | None]:
         """x [T, H] -> (x, token plan or None, sequence plan or None)."""
-        h = self.norm(x)
-        attended = self.attention(h, layout, rotary, cache, layer)
+        return self.mix(self.tokenwise(x, layout, rotary), layout, cache, layer, resampled)
+
+    def tokenwise(self, x: Tensor, layout: Layout, rotary: tuple[Tensor, Tensor]) -> Tokenwise:
+        """The part that acts on each row of x [T, H] by itself."""
+        h, plan = self.norm(x), None
         if self.ffn_norm is None:
             update, plan = self._feed_forward(h, layout)
-            x = x + attended + update
-        else:
-            x = x + attended
+            x = x + update
+        return Tokenwise(x, *self.attention.project(h, rotary), plan)
+
+    def mix(
+        self, own: Tokenwise, layout: Layout, cache: KVCache | None, layer: int, resampled: Features
+    ) -> tuple[Tensor, RoutingPlan | None, RoutingPlan | None]:
+        """The rest, from where rows see each other on: attention and whole images."""
+        plan = own.plan
+        x = own.x + self.attention.attend(own.query, own.key, own.value, layout, cache, layer)
+        if self.ffn_norm is not None:
             update, plan = self._feed_forward(self.ffn_norm(x), layout)
             x = x + update
         if self.sequence_moe is None or not layout.image_length:
@@ -169,6 +193,8 @@ class UniF2ace(nn.Module):
         sequence_memory: list[Features] | None,
     ) -> list[Features]:
         """Per layer: S(F) of every feature that the images of this batch need."""
+        if self.config.sequence_moe is None:
+            return [{} for _ in self.layers]
         understood, generated = layout.num_images
         memory: Features = {}
         ready: list[Features] = [{} for _ in self.layers]
@@ -214,10 +240,40 @@ class UniF2ace(nn.Module):
             UserError: wrong number of image tokens; missing or misshapen features or mask ratios; cached sequences
                 without a cache; a cache that does not fit, or used while gradients are recorded.
         """
-        layout, config = batch.layout, self.config
-        if layout.image_length not in (0, config.image_rows):
+        layout = batch.layout
+        self._check(layout, cache)
+        x = self.embedding(batch.token_ids)
+        if self.image_positions is not None and layout.image_length:
+            x = x.index_add(0, layout.image_rows, self.image_positions.repeat(sum(layout.num_images), 1))
+        memories = self._memories(layout, mask_ratio, features, sequence_memory)
+        return self._run_layers(x, layout, memories, cache, rows)
+
+    def start_image_rows(self, token_ids: Tensor, image_rows: Tensor, positions: Tensor) -> Tokenwise:
+        """The token-wise part of the first layer for rows of images being generated.
+
+        A row's part depends on its token, its place in the image and its position in the sequence alone, so whoever
+        keeps it computes it again only where a token has changed, and gives it to `resume`.
+        Args: all [R] int64; `image_rows` in 0 .. N + 1, soi to eoi, `positions` as `Layout.positions` counts them.
+        """
+        config = self.config
+        x = self.embedding(token_ids)
+        if self.image_positions is not None:
+            x = x + self.image_positions.index_select(0, image_rows)
+        rotary = rotary_angles(positions, config.rotary_dim, config.rotary_theta, x.dtype)
+        layout = Layout([SequenceLayout("generation", len(x), 0)], x.device)  # so many rows of one task
+        return self.layers[0].tokenwise(x, layout, rotary)
+
+    def resume(
+        self, first: Tokenwise, layout: Layout, *, cache: KVCache, mask_ratio: Tensor | None = None, rows: Tensor
+    ) -> ModelOutput:
+        """`forward` of generated images from `first` on; arguments and errors as there."""
+        self._check(layout, cache)
+        return self._run_layers(first, layout, self._memories(layout, mask_ratio, None, None), cache, rows)
+
+    def _check(self, layout: Layout, cache: KVCache | None) -> None:
+        if layout.image_length not in (0, self.config.image_rows):
             raise UserError(
-                f"UniF2ace: images must have {config.num_image_tokens} tokens, got {layout.image_length - 2}"
+                f"UniF2ace: images must have {self.config.num_image_tokens} tokens, got {layout.image_length - 2}"
             )
         if cache is None and any(sequence.cached for sequence in layout.sequences):
             raise UserError("UniF2ace: the batch continues cached sequences, expected a cache, got none")
@@ -225,17 +281,23 @@ class UniF2ace(nn.Module):
             if torch.is_grad_enabled():
                 raise UserError("UniF2ace: a cache is filled in place, expected torch.no_grad(), got gradients enabled")
             cache.check(layout)
-        x = self.embedding(batch.token_ids)
-        if self.image_positions is not None and layout.image_length:
-            x = x.index_add(0, layout.image_rows, self.image_positions.repeat(sum(layout.num_images), 1))
-        rotary = layout.rotary(config.rotary_dim, config.rotary_theta, x.dtype)
-        if config.sequence_moe is None:
-            memories: list[Features] = [{} for _ in self.layers]
-        else:
-            memories = self._memories(layout, mask_ratio, features, sequence_memory)
+
+    def _run_layers(
+        self,
+        x: Tensor | Tokenwise,
+        layout: Layout,
+        memories: list[Features],
+        cache: KVCache | None,
+        rows: Tensor | None,
+    ) -> ModelOutput:
+        dtype = x.x.dtype if isinstance(x, Tokenwise) else x.dtype
+        rotary = layout.rotary(self.config.rotary_dim, self.config.rotary_theta, dtype)
         plans, sequence_plans = [], []
         for index, (layer, memory) in enumerate(zip(self.layers, memories, strict=True)):
-            x, plan, sequence_plan = layer(x, layout, rotary, cache, index, memory)
+            if isinstance(x, Tokenwise):
+                x, plan, sequence_plan = layer.mix(x, layout, cache, index, memory)
+            else:
+                x, plan, sequence_plan = layer(x, layout, rotary, cache, index, memory)
             plans.extend([] if plan is None else [plan])
             sequence_plans.extend([] if sequence_plan is None else [sequence_plan])
         if cache is not None:
