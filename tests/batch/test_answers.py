@@ -76,7 +76,7 @@ def test_bad_rows_fail_alone_and_are_asked_again(table, ask, tmp_path, pictures,
         ({"image": "0.png", "caption": "yes"}, "caption: expected true or false, got 'yes'"),
         ({"image": "0.png", "question": ""}, "question: expected some text, got an empty string"),
         ({"image": "0.png", "question": "why " * 200}, "question: expected at most 120 tokens, got "),
-        ("why", "table.jsonl:13: expected a JSON object"),
+        ("why", "expected a JSON object"),
     ]
     questions = table(good, *(row for row, _ in bad), good)
     assert ask(questions, tmp_path / "out.jsonl") == 1
@@ -91,7 +91,7 @@ def test_bad_rows_fail_alone_and_are_asked_again(table, ask, tmp_path, pictures,
     pictures[0].save(tmp_path / "later.png")
     assert ask(questions, tmp_path / "out.jsonl") == 1
     captured = capsys.readouterr()
-    assert f"{len(bad) + 2} answers, 2 were done before; {len(bad)} in " in captured.out
+    assert f"{len(bad) + 2} answers, 2 were done before; 1 made in " in captured.out
     assert f"{len(bad) - 1} of {len(bad) + 2} answers failed" in captured.err
     assert read_lines(tmp_path / "out.jsonl")[1]["answer"] == tiny_pipeline().answer(pictures[0], "Why?")[0]
 

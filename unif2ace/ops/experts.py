@@ -27,15 +27,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from unif2ace.errors import UserError
 from unif2ace.ops import _registry
 from unif2ace.ops._checks import as_int32, describe, expect
+from unif2ace.ops._expert_rows import ACTIVATIONS, GATED, Gather, activate, combine, grouped_linear
 from unif2ace.ops.routing import RoutingPlan
-
-ACTIVATIONS = ("gelu_tanh", "gelu", "silu", "relu2", "swiglu", "geglu")
-GATED = ("swiglu", "geglu")
 
 
 def invariant_tokens(num_experts: int, top_k: int) -> int:
@@ -150,7 +147,7 @@ def expert_mlp(
 
 def reference_grouped_gemm(a: Tensor, b: Tensor, offsets: Tensor, bias: Tensor | None, gather: Tensor | None) -> Tensor:
     """The definition of `grouped_gemm`, differentiable."""
-    return _grouped_linear(a if gather is None else a[gather.long()], b, offsets, bias)
+    return grouped_linear(a if gather is None else a[gather.long()], b, offsets, bias)
 
 
 def reference_expert_mlp(
@@ -168,76 +165,10 @@ def reference_expert_mlp(
     """The definition of `expert_mlp`, differentiable: (y [T, H], pre-activation [M, I or 2I])."""
     top_k = weights.shape[1]
     order, position = order.long(), position.long()
-    rows = _Gather.apply(x, order, position, top_k)
-    pre = _grouped_linear(rows, w_up, offsets, b_up)
-    down = _grouped_linear(activate(pre, activation), w_down, offsets, b_down)
+    rows = Gather.apply(x, order, position, top_k)
+    pre = grouped_linear(rows, w_up, offsets, b_up)
+    down = grouped_linear(activate(pre, activation), w_down, offsets, b_down)
     return combine(down, weights, order, position).to(x.dtype), pre
-
-
-def combine(rows: Tensor, weights: Tensor, order: Tensor, position: Tensor) -> Tensor:
-    """[M, H] results sorted by expert -> [T, H], differentiable: the weighted sum of a token's rows in the order of k.
-
-    `weights` [T, K], `order` and `position` are those of the `RoutingPlan`. The result has the wider dtype of rows and
-    weights, so float32 at least.
-    """
-    tokens, top_k = weights.shape
-    slots = _Gather.apply(rows, position.long(), order.long(), 1).view(tokens, top_k, rows.shape[1]).unbind(1)
-    dtype = torch.promote_types(weights.dtype, rows.dtype)
-    total = torch.zeros_like(slots[0], dtype=dtype)
-    for weight, slot in zip(weights.to(dtype).split(1, dim=1), slots, strict=True):  # fixed order, one pass per choice
-        total = torch.addcmul(total, weight, slot.to(dtype))
-    return total
-
-
-def activate(pre: Tensor, activation: str) -> Tensor:
-    """[.., I] -> [.., I], gated [.., 2I] -> [.., I]."""
-    if activation in GATED:
-        gate, up = pre.chunk(2, dim=-1)
-        return (F.silu(gate) if activation == "swiglu" else F.gelu(gate)) * up
-    if activation == "gelu_tanh":
-        return F.gelu(pre, approximate="tanh")
-    if activation == "relu2":
-        return F.relu(pre).square()
-    return F.gelu(pre) if activation == "gelu" else F.silu(pre)
-
-
-def _grouped_linear(a: Tensor, b: Tensor, offsets: Tensor, bias: Tensor | None) -> Tensor:
-    """[M, K] sorted rows -> [M, N], one GEMM per expert that has rows, zeros beyond the last offset."""
-    sizes = offsets.diff().tolist()
-    rest = a.shape[0] - sum(sizes)
-    if sum(sizes) == 0:
-        sizes[0], busy = 0, [0]  # one GEMM of no rows ties the result to b, so that b gets its zero gradient
-    else:
-        busy = [e for e, size in enumerate(sizes) if size]
-    # split and unbind cost one concatenation in backward; indexing b[e] would cost a full-size zero tensor per expert
-    rows = a.split([*(sizes[e] for e in busy), rest])
-    matrices = b.unbind(0)
-    biases = [None] * len(matrices) if bias is None else bias.unbind(0)
-    pieces = [F.linear(piece, matrices[e], biases[e]) for e, piece in zip(busy, rows, strict=False)]
-    if rest:
-        pieces.append(pieces[0].new_zeros(rest, b.shape[1]))
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-
-
-class _Gather(torch.autograd.Function):
-    """rows[m] = x[index[m] // repeat] for a permutation `index` with known inverse.
-
-    Knowing the inverse, backward is a gather and a sum too, where autograd would scatter-add.
-    """
-
-    @staticmethod
-    def forward(ctx, x, index, inverse, repeat):
-        ctx.save_for_backward(index, inverse)
-        ctx.repeat = repeat
-        return x.index_select(0, index if repeat == 1 else index // repeat)
-
-    @staticmethod
-    def backward(ctx, grad):
-        index, inverse = ctx.saved_tensors
-        rows = _Gather.apply(grad, inverse, index, 1)
-        if ctx.repeat > 1:
-            rows = rows.view(rows.shape[0] // ctx.repeat, ctx.repeat, rows.shape[1]).sum(1)
-        return rows, None, None, None
 
 
 # ---------------------------------------------------------------------------------------------- registration, autograd
