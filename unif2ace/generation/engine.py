@@ -10,7 +10,7 @@ slot. What the images of a prompt share is computed once and kept for the prompt
 
 * **An image depends on its own request and seed alone**: the same bits alone, in any batch, after a restart. On CPUs by
   the back end `native`, tested over tokens and pixels. It rests on noise that is a function of (seed, position, step),
-  on products that treat a row the same in any company (`ops/linear.py`, `ops.experts.invariant_tokens`), and on a codec
+  on products that treat a row the same in any company (`ops/linear.py`, `few` of `ops.expert_mlp`), and on a codec
   that does so with images (`codec/small.py`). cuBLAS picks kernels by the number of rows, MKL's and the reference's
   expert products depend on it: there the last bit of a logit may differ between batches, and rarely a token.
 * **A bad request fails alone.** What can be checked is checked when it is submitted. A step that fails is taken again

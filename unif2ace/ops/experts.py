@@ -35,17 +35,6 @@ from unif2ace.ops._expert_rows import ACTIVATIONS, GATED, Gather, activate, comb
 from unif2ace.ops.routing import RoutingPlan
 
 
-def invariant_tokens(num_experts: int, top_k: int) -> int:
-    """From how many tokens on a token's result has the same bits whatever tokens stand beside it, if `expert_mlp` is
-    not told whether they are few.
-
-    Back end `native` on a CPU: with fewer than this many its products are dot products, which sum in another order
-    (`is_few` in csrc/cpu/experts_few.cpp). The reference multiplies the rows of each expert by themselves, few or many,
-    and keeps no such promise.
-    """
-    return 16 * num_experts // top_k + 1
-
-
 def grouped_gemm(
     a: Tensor,
     b: Tensor,
