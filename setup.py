@@ -34,6 +34,7 @@ CXX_FLAGS = [
     "-O3",
     "-g0",
     "-ffp-contract=off",
+    "-fno-math-errno",  # a square root is one instruction, of a vector too, if nobody asks for errno
     "-fvisibility=hidden",
     "-Wall",
     "-Wno-maybe-uninitialized",  # GCC 12 is wrong about arrays of vector types

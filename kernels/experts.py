@@ -68,6 +68,7 @@ def expert_mlp(
     b_down: Tensor | None,
     activation: str,
     save: bool,
+    few: bool | None,  # a choice between kernels of the CPU: here a token has the same bits with any number of others
 ) -> tuple[Tensor, Tensor]:
     """See `unif2ace.ops.expert_mlp`. Returns y and, for the backward, the pre-activation (no rows unless `save`)."""
     slots, inner = order.shape[0], w_down.shape[2]

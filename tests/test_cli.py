@@ -69,7 +69,7 @@ def test_json_tells_what_was_done(model, tmp_path, capsys):
     assert facts["files"] == [{"path": str(out), "sha256": hashlib.sha256(out.read_bytes()).hexdigest()}]
 
 
-def test_in_painting(model, face, tmp_path):
+def test_in_painting(model, face, tmp_path, capsys):
     mask = Image.new("L", (SIZE, SIZE), 255)
     mask.paste(0, (0, 0, 16, 16))
     mask.save(tmp_path / "mask.png")
@@ -78,6 +78,10 @@ def test_in_painting(model, face, tmp_path):
     new, old = Image.open(tmp_path / "new.png"), Image.open(face)
     assert new.crop((16, 0, SIZE, SIZE)).tobytes() == old.crop((16, 0, SIZE, SIZE)).tobytes()
     assert new.tobytes() != old.tobytes()
+    Image.new("L", (9, 7), 255).save(tmp_path / "mask.png")
+    assert main(["generate", "a sad face", "--model", model, *arguments]) == 2
+    assert f"mask.png: expected a picture of {SIZE} x {SIZE} pixels, got 9 x 7; --fit" in capsys.readouterr().err
+    assert main(["generate", "a sad face", "--model", model, "--fit", *arguments]) == 0
 
 
 # ------------------------------------------------------------------------------------------------------ answers, scores
@@ -161,7 +165,8 @@ def test_doctor(capsys):
     [
         (["generate", ""], "prompt: expected some text, got an empty string"),
         (["generate", "a face", "--steps", "0"], "steps: expected an integer from 1 to 1024, got 0"),
-        (["generate", "a face", "--guidance", "-2"], "guidance_scale: expected a number from 0 to 100, got -2.0"),
+        (["generate", "a face", "--guidance", "-2"], "error: guidance: expected a number from 0 to 100, got -2.0"),
+        (["evaluate", "--guidance", "nan"], "error: guidance: expected a number from 0 to 100, got nan"),
         (["generate", "a face", "--seed", "-1"], "seed: expected an integer from 0 to 2^64 - 1, got -1"),
         (["generate", "a face", "--image", "x.png"], "in-painting: expected --image and --mask together"),
         (["generate", "a face", "--backend", "magic"], "backend: expected one of auto, reference, native, triton"),

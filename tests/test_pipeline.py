@@ -8,8 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.bits import needs_native
 from tests.tiny import SIZE, build_parts, tiny_pipeline
-from unif2ace import bundle, inputs
+from unif2ace import bundle, inputs, pipeline
 from unif2ace.errors import UserError
 from unif2ace.generation.engine import GenerationEngine
 from unif2ace.ops import use_backend
@@ -115,6 +116,25 @@ def test_captions_are_one_per_image(pipe, faces):
     assert len(captions) == 3
     assert all(isinstance(caption, str) for caption in captions)
     assert captions[:1] == pipe.caption(faces[0], max_new_tokens=3)
+
+
+@needs_native
+def test_an_answer_does_not_depend_on_the_pictures_and_questions_beside_it(pipe, faces, monkeypatch):
+    questions = ["What color is the hair?", "How are the eyes?", "Is there a beard or moustache?"]
+    asked = [(face, question) for face in faces for question in questions]
+    options, read, stream = {"temperature": 0.9, "top_p": 0.95}, [], pipeline.stream_answers
+
+    def record(model, codes, encoded, features, *, images, **rest):
+        read.extend([codes[i], *(features[name][i] for name in sorted(features))] for i in images)
+        return stream(model, codes, encoded, features, images=images, **rest)
+
+    monkeypatch.setattr(pipeline, "stream_answers", record)
+    together = pipe.answer(*zip(*asked, strict=True), seed=range(9), **options)
+    alone = [pipe.answer(face, question, seed=seed, **options)[0] for seed, (face, question) in enumerate(asked)]
+    assert together == alone
+    assert len(set(alone)) > 3
+    for many, one in zip(read[:9], read[9:], strict=True):
+        assert all(map(torch.equal, many, one))
 
 
 def test_sampled_answers_repeat_with_their_seed(pipe, faces):

@@ -13,6 +13,7 @@ from unif2ace.vocabulary import (
     concatenate,
     pack_generation,
     pack_generation_step,
+    pack_questions,
     pack_text_step,
     pack_understanding,
 )
@@ -110,6 +111,17 @@ def test_cached_steps():
     assert access.stored is None
     assert not access.past
     assert text.positions.tolist() == [9, 11]
+
+
+def test_who_continues_text():
+    """Questions and steps of answers; nothing that has image rows, and no text that starts a sequence."""
+    step = pack_text_step(torch.tensor([5, 6]), cached=[9, 11])
+    assert step.layout.continues_text
+    assert pack_questions(SMALL, [[3], [4, 5]], [7, 7], "cpu").layout.continues_text
+    image = pack_understanding(SMALL, CODES, [[3], [4]])
+    others = (image, pack_generation(SMALL, [[3]]), pack_generation_step(SMALL, CODES, cached=[4, 6]))
+    for batch in (*others, concatenate([step, image])):
+        assert not batch.layout.continues_text
 
 
 def test_first_passes_store_the_text_alone():

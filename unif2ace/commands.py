@@ -13,12 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from PIL import ImageOps
 from tqdm import tqdm
 
 from unif2ace.errors import UserError
 from unif2ace.files import IMAGE_SUFFIXES, check_folder, is_image_path, sha256, write_image
-from unif2ace.inputs import open_face, open_image
+from unif2ace.inputs import open_face, open_mask
 from unif2ace.pipeline import CAPTION_REQUEST, UniF2acePipeline
 
 DEFAULT_OUT = "faces.png"
@@ -44,16 +43,13 @@ def generate(options: argparse.Namespace) -> int:
     if not options.prompt:
         raise UserError("generate: expected a sentence, or --prompts, got neither")
     pipe = _pipeline(options)
-    settings = pipe.defaults.override(
-        steps=options.steps, guidance_scale=options.guidance, temperature=options.temperature
-    )
+    settings = pipe.defaults.override_drawing(options.steps, options.guidance, options.temperature)
     if (options.image is None) != (options.mask is None):
         raise UserError("in-painting: expected --image and --mask together, got one of them")
     known = {}
     if options.image is not None:
-        mask = open_image(options.mask).convert("L")
         known["known_image"] = open_face(options.image, pipe.image_size, options.fit)
-        known["known_mask"] = ImageOps.fit(mask, (pipe.image_size,) * 2) if options.fit else mask
+        known["known_mask"] = open_mask(options.mask, pipe.image_size, options.fit)
     out = Path(options.out or DEFAULT_OUT)
     if out.suffix and not is_image_path(out) and not out.is_dir():
         raise UserError(f"--out: expected a folder or a picture file ({', '.join(IMAGE_SUFFIXES)}), got {out}")
@@ -166,6 +162,7 @@ def evaluate(options: argparse.Namespace) -> None:
     judge = pipe.parts.judge
     if judge is None:
         raise UserError(f"evaluate: expected a model with a judge (judge.json), got {options.model} without one")
+    settings = pipe.defaults.override_drawing(options.steps, options.guidance, options.temperature)
     if options.data is not None:
         table = FaceTable.open(options.data, "test", options.faces)
     else:
@@ -175,9 +172,9 @@ def evaluate(options: argparse.Namespace) -> None:
         judge,
         table,
         seed=options.seed,
-        steps=options.steps,
-        guidance_scale=options.guidance,
-        temperature=options.temperature,
+        steps=settings.steps,
+        guidance_scale=settings.guidance_scale,
+        temperature=settings.temperature,
         on_step=_progress("drawing", "step"),
     )
     answers = metrics.evaluate_answers(pipe, table, on_answer=_progress("answering", "answer"))

@@ -147,6 +147,19 @@ def open_image(path: str | Path) -> Image.Image:
         raise UserError(f"{path}: expected a readable picture, got: {str(error).splitlines()[0]}") from error
 
 
+def open_mask(path: str | Path, size: int, fit: bool) -> Image.Image:
+    """A picture file as a grey mask of `size` x `size`; `fit` crops and resizes it to that."""
+    mask = open_image(path).convert("L")
+    if fit:
+        return ImageOps.fit(mask, (size, size))
+    if mask.size != (size, size):
+        raise UserError(
+            f"{path}: expected a picture of {size} x {size} pixels, got {mask.width} x {mask.height}; --fit crops and "
+            "resizes it"
+        )
+    return mask
+
+
 def open_face(path: str | Path, size: int, fit: bool) -> Image.Image:
     """A picture file as a model takes it, RGB of `size` x `size`; `fit` crops, resizes and converts it to that."""
     image = open_image(path)
@@ -158,3 +171,20 @@ def open_face(path: str | Path, size: int, fit: bool) -> Image.Image:
             f"{image.height}; --fit crops, resizes and converts it"
         )
     return image
+
+
+def as_device(device: torch.device | str | None) -> torch.device:
+    """A device that is there: cpu or cuda; None takes CUDA where there is one."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise UserError(f"device: expected a name such as cpu or cuda, got {device!r}") from error
+    if chosen.type not in ("cpu", "cuda"):
+        raise UserError(f"device: expected cpu or cuda, got {device!r}")
+    found = torch.cuda.device_count()
+    if chosen.type == "cuda" and (chosen.index or 0) >= found:
+        expected = f"cpu or one of {found} CUDA devices" if found else "cpu, as there is no CUDA device here"
+        raise UserError(f"device: expected {expected}, got {str(device)!r}")
+    return chosen

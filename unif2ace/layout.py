@@ -156,6 +156,11 @@ class Layout:
         return tuple(runs)
 
     @cached_property
+    def continues_text(self) -> bool:
+        """True when every row is text behind cached rows: questions and the steps of answers."""
+        return not self.image_length and all(s.cached for s in self.sequences)
+
+    @cached_property
     def token_group(self) -> Tensor:
         """[T] int32: 0 understanding, 1 generation."""
         lengths = self.index([end - start for start, end, _ in self.segments])

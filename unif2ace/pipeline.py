@@ -30,7 +30,7 @@ from unif2ace.codec.pixels import to_float
 from unif2ace.errors import UserError
 from unif2ace.generation.answer_text import AnswerText, has_stop
 from unif2ace.generation.decoding import stream_answers
-from unif2ace.generation.draw import ENGINES
+from unif2ace.generation.draw import ENGINES, DrawingTask
 from unif2ace.generation.settings import MAX_TEMPERATURE, GenerationConfig, check_count, check_number, to_signed
 from unif2ace.ops import BACKENDS, _registry, use_backend
 
@@ -75,7 +75,7 @@ class UniF2acePipeline:
         """
         if backend != "auto" and backend not in BACKENDS:
             raise UserError(f"backend: expected one of auto, {', '.join(BACKENDS)}, got {backend!r}")
-        device = _device(device)
+        device = inputs.as_device(device)
         if dtype is None:
             dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
         if dtype not in DTYPES:
@@ -169,17 +169,9 @@ class UniF2acePipeline:
         check_count("batch_size", batch_size)
         encoded = inputs.encode_texts("prompt", texts, self.tokenizer, settings.max_prompt_tokens, question=False)
         keep, known_pixels, known = self._known(known_image, known_mask)
+        task = DrawingTask(encoded, seeds, settings, known, batch_size, on_step)
         with self._on_backend():
-            pixels = ENGINES[engine](
-                self.model,
-                self.codec,
-                encoded,
-                seeds,
-                settings,
-                known=known,
-                batch_size=batch_size,
-                on_step=on_step,
-            )
+            pixels = ENGINES[engine](self.model, self.codec, task)
         if keep is not None:
             pixels = torch.where(keep[..., None], known_pixels, pixels)
         return [Image.fromarray(face.numpy()) for face in pixels]
@@ -214,6 +206,9 @@ class UniF2acePipeline:
             images: RGB PIL images of `image_size`. questions: English; each at most `max_prompt_tokens` tokens.
             on_answer: called as on_answer(done, total) whenever an answer is complete.
             options: those of `stream_answers`.
+
+        An answer depends on its picture, question and seed, not on what else is asked: to the last bit of its logits on
+        CPUs with the native back end in float32 (there pictures are read one at a time), else up to rounding.
 
         Returns one string per question. Raises `UserError` for anything that does not fit.
         """
@@ -285,7 +280,8 @@ class UniF2acePipeline:
         }
 
         def pieces() -> Iterator[tuple[int, str, bool]]:
-            codes, features = self.read_images(pixels, batch_size)
+            # One at a time on a CPU: convolutions over several pictures may take another path, and their bits with it.
+            codes, features = self.read_images(pixels, 1 if self.device.type == "cpu" else batch_size)
             for start in range(0, number, batch_size):
                 part = slice(start, start + batch_size)
                 texts = [AnswerText(self.tokenizer, stops) for _ in encoded[part]]
@@ -314,19 +310,3 @@ class UniF2acePipeline:
             for name, encoder in self.parts.encoders.items():
                 features[name].append(encoder.encode(images))
         return torch.cat(codes), {name: torch.cat(rows) for name, rows in features.items()}
-
-
-def _device(device: torch.device | str | None) -> torch.device:
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise UserError(f"device: expected a name such as cpu or cuda, got {device!r}") from error
-    if chosen.type not in ("cpu", "cuda"):
-        raise UserError(f"device: expected cpu or cuda, got {device!r}")
-    found = torch.cuda.device_count()
-    if chosen.type == "cuda" and (chosen.index or 0) >= found:
-        expected = f"cpu or one of {found} CUDA devices" if found else "cpu, as there is no CUDA device here"
-        raise UserError(f"device: expected {expected}, got {str(device)!r}")
-    return chosen

@@ -9,7 +9,8 @@
 // Few rows per expert go another way: experts_few.cpp. The backward pass: experts_mlp_backward.cpp.
 //
 // Which bits: those of a token depend on its row, its experts and the library, not on the number of threads nor on the
-// other tokens, as long as the batch stays on one side of is_few(): dot products sum in another order than the library.
+// other tokens, as long as the batch stays on one side of is_few() or the caller says on which: dot products sum in
+// another order than the library.
 #include <cstring>
 #include <tuple>
 
@@ -63,12 +64,12 @@ void forward_tiles(const Mlp& p, void* y, char* pre_out) {
 std::tuple<Tensor, Tensor> expert_mlp(const Tensor& x, const Tensor& weights, const Tensor& offsets,
                                       const Tensor& order, const Tensor& position, const Tensor& w_up,
                                       const Tensor& w_down, std::optional<Tensor> b_up, std::optional<Tensor> b_down,
-                                      Text activation, bool save) {
+                                      Text activation, bool save, std::optional<bool> few) {
   const Mlp p(x, weights, offsets, order, position, w_up, w_down, b_up, b_down, activation.value);
   Tensor y = empty_cpu<2>({p.tokens, p.hidden}, aoti_dtype(x));
   Tensor pre = empty_cpu<2>({save ? p.slots : 0, p.up_rows}, aoti_dtype(x));
   char* pre_data = save ? mutable_pointer<char>(pre) : nullptr;
-  if (is_few(p.dtype, p.slots, p.experts))
+  if (few.value_or(is_few(p.dtype, p.slots, p.experts)))
     forward_few(p, y.mutable_data_ptr(), pre_data);
   else
     forward_tiles(p, y.mutable_data_ptr(), pre_data);

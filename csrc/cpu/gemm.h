@@ -5,8 +5,8 @@
 // to MKL, which on AMD processors runs at half the rate (measured on a Zen 5, one thread, 256 x 512 x 256: MKL 109
 // GFLOP/s, oneDNN 228). float16, and a torch without oneDNN: torch's own choice.
 //
-// From two rows on, a row's result does not depend on how many rows stand beside it; a single row takes a
-// matrix-vector path that sums in another order.
+// From two rows on, a row's result does not depend on how many rows stand beside it, nor on the number of threads
+// (float32: tests/ops/test_linear.py); a single row takes a matrix-vector path that sums in another order.
 #pragma once
 
 #include "common/stable.h"

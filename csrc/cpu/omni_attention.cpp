@@ -2,8 +2,8 @@
 //
 // Semantics: unif2ace/ops/omni_attention.py. The sequences of this model are short (66 or 258 image rows, a sentence of
 // text), so a call is many small problems, and a library's matrix product for each costs more than the arithmetic:
-// 16 faces, 6 heads of 32, 66 rows on 75 keys take PyTorch's flash kernel 1.1 ms on two cores of a Zen 5, this one
-// 0.47.
+// 16 faces, 6 heads of 32, 66 rows on 75 keys take PyTorch's flash kernel 0.66 ms on two cores of a Zen 5, this one
+// 0.25.
 //
 // One task is one head of one block. Its keys (transposed) and values are copied once into float32 scratch, padded to
 // whole vectors; then tiles of a few query rows take all their keys at once:
@@ -101,15 +101,15 @@ UNIF2ACE_INLINE void multiply_rows(const float* x, int64_t x_stride, const float
 }
 
 // The rows of a tile, or one alone (text being decoded). Accumulators fill the registers: 6 rows of 4 vectors the 32 of
-// AVX-512, of 2 the 16 of others.
+// AVX-512; 3 of 4 and 3 of 2 were fastest with the 16 of AVX2 and SSE.
 template <class F>
 UNIF2ACE_INLINE void multiply_tile(bool alone, const float* x, int64_t x_stride, const float* y, int64_t y_stride,
                                    int64_t n, int64_t columns, float* out, int64_t out_stride, bool add) {
-  constexpr int vectors = kWidth<F> == 16 ? 4 : 2;
-  if (alone)
-    multiply_rows<F, 1, vectors>(x, x_stride, y, y_stride, n, columns, out, out_stride, add);
-  else
-    multiply_rows<F, kTile, vectors>(x, x_stride, y, y_stride, n, columns, out, out_stride, add);
+  constexpr int rows = kWidth<F> == 16 ? kTile : kTile / 2, vectors = kWidth<F> == 4 ? 2 : 4;
+  if (alone) return multiply_rows<F, 1, vectors>(x, x_stride, y, y_stride, n, columns, out, out_stride, add);
+  for (int r = 0; r < kTile; r += rows)
+    multiply_rows<F, rows, vectors>(x + r * x_stride, x_stride, y, y_stride, n, columns, out + r * out_stride,
+                                    out_stride, add);
 }
 
 // Scores of one row from `visible` to `wide` -> -infinity. By whole vectors: a load right behind stores of its parts

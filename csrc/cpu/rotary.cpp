@@ -51,39 +51,54 @@ struct Scratch {
   }
 };
 
-// n numbers of each of 16 tokens, transposed. A short last tile repeats its last token.
+// n numbers of each of 16 tokens, transposed. A short last tile repeats its last token; float32 numbers of whole tiles
+// need no copy.
 template <class F>
 UNIF2ACE_INLINE void load_tile(ScalarType dtype, const void* from, int64_t at, int64_t stride, int64_t live, int n,
                                float* rows, float* to) {
+  if (dtype == ScalarType::Float && live == kLanes && n % 4 == 0) {
+    const float* first = static_cast<const float*>(from) + at;
+    for (int l = 0; l < kLanes; l += 4) transpose_rows(first + l * stride, stride, n, to + l, kLanes);
+    return;
+  }
   const int64_t wide = padded(n);
   for (int64_t l = 0; l < kLanes; ++l)
     load_row<F>(dtype, from, at + std::min(l, live - 1) * stride, n, rows + l * wide);
   for (int l = 0; l < kLanes; l += 4) transpose_rows(rows + l * wide, wide, wide, to + l, kLanes);
 }
 
+// The way back, to the result.
 template <class F>
 UNIF2ACE_INLINE void store_tile(const Problem& a, int64_t token, int64_t live, int64_t head, const float* from,
                                 float* rows) {
-  const int64_t wide = padded(a.dim);
+  const int64_t wide = padded(a.dim), stride = a.heads * a.dim, at = token * stride + head * a.dim;
+  if (a.dtype == ScalarType::Float && live == kLanes && a.dim % 4 == 0) {
+    float* first = static_cast<float*>(a.out) + at;
+    for (int d = 0; d < a.dim; d += 4) transpose_rows(from + d * kLanes, kLanes, kLanes, first + d, stride);
+    return;
+  }
   for (int64_t d = 0; d < wide; d += 4) transpose_rows(from + d * kLanes, kLanes, kLanes, rows + d, wide);
-  for (int64_t l = 0; l < live; ++l)
-    store_row<F>(a.dtype, rows + l * wide, a.dim, a.out, ((token + l) * a.heads + head) * a.dim);
+  for (int64_t l = 0; l < live; ++l) store_row<F>(a.dtype, rows + l * wide, a.dim, a.out, at + l * stride);
 }
 
 // The functions below handle the F-wide part of a tile that starts at the given pointers.
 
-// Square root by the scalar instruction, lane by lane: it is exact everywhere, and needed once per head.
+// Square root lane by lane, which compilers turn into the instruction for vectors: it is exact everywhere.
 template <class F>
 UNIF2ACE_INLINE F inverse_root(F x) {
   float lanes[kWidth<F>];
   store(lanes, x);
-  for (int l = 0; l < kWidth<F>; ++l) lanes[l] = 1.0f / __builtin_sqrtf(lanes[l]);
-  return load<F>(lanes);
+  for (int l = 0; l < kWidth<F>; ++l) lanes[l] = __builtin_sqrtf(lanes[l]);
+  return 1.0f / load<F>(lanes);
 }
 
-// x -> (x - mean) / sqrt(var + eps) in place; returns 1 / sqrt(var + eps).
 template <class F>
-UNIF2ACE_INLINE F normalise(const Problem& a, float* x) {
+struct Statistics {
+  F mean, scale;  // scale: 1 / sqrt(var + eps)
+};
+
+template <class F>
+UNIF2ACE_INLINE Statistics<F> statistics(const Problem& a, const float* x) {
   const float count = static_cast<float>(a.dim);
   F sum{}, squares{};
   for (int d = 0; d < a.dim; ++d) sum += load<F>(x + d * kLanes);
@@ -92,28 +107,38 @@ UNIF2ACE_INLINE F normalise(const Problem& a, float* x) {
     const F deviation = load<F>(x + d * kLanes) - mean;
     squares += deviation * deviation;
   }
-  const F scale = inverse_root(squares / count + a.eps);
-  for (int d = 0; d < a.dim; ++d) store(x + d * kLanes, (load<F>(x + d * kLanes) - mean) * scale);
-  return scale;
+  return {mean, inverse_root(squares / count + a.eps)};
 }
 
-// Turns the first 2 half dimensions by the angles; with `sign` -1 back.
+// Dimension d without mean and variance.
 template <class F>
-UNIF2ACE_INLINE void rotate(float* x, const float* cos, const float* sin, int half, float sign) {
-  for (int i = 0; i < half; ++i) {
-    const F c = load<F>(cos + i * kLanes), s = load<F>(sin + i * kLanes) * sign;
-    const F first = load<F>(x + i * kLanes), second = load<F>(x + (half + i) * kLanes);
-    store(x + i * kLanes, first * c - second * s);
-    store(x + (half + i) * kLanes, second * c + first * s);
-  }
+UNIF2ACE_INLINE F normalised(const float* x, int d, const Statistics<F>& of) {
+  return (load<F>(x + d * kLanes) - of.mean) * of.scale;
 }
 
 template <class F>
 UNIF2ACE_INLINE void forward_part(const Problem& a, const Scratch& s, int lane) {
   float* x = s.x + lane;
-  normalise<F>(a, x);
-  for (int d = 0; d < a.dim; ++d) store(x + d * kLanes, load<F>(x + d * kLanes) * s.weight[d] + s.bias[d]);
-  rotate<F>(x, s.cos + lane, s.sin + lane, a.half, 1.0f);
+  const Statistics<F> of = statistics<F>(a, x);
+  for (int i = 0, j = a.half; i < a.half; ++i, ++j) {
+    const F cos = load<F>(s.cos + i * kLanes + lane), sin = load<F>(s.sin + i * kLanes + lane);
+    const F first = normalised<F>(x, i, of) * s.weight[i] + s.bias[i];
+    const F second = normalised<F>(x, j, of) * s.weight[j] + s.bias[j];
+    store(x + i * kLanes, first * cos - second * sin);
+    store(x + j * kLanes, second * cos + first * sin);
+  }
+  for (int d = 2 * a.half; d < a.dim; ++d) store(x + d * kLanes, normalised<F>(x, d, of) * s.weight[d] + s.bias[d]);
+}
+
+// Turns the first 2 half dimensions of a gradient back.
+template <class F>
+UNIF2ACE_INLINE void rotate_back(float* x, const float* cos, const float* sin, int half) {
+  for (int i = 0; i < half; ++i) {
+    const F c = load<F>(cos + i * kLanes), s = load<F>(sin + i * kLanes);
+    const F first = load<F>(x + i * kLanes), second = load<F>(x + (half + i) * kLanes);
+    store(x + i * kLanes, first * c + second * s);
+    store(x + (half + i) * kLanes, second * c - first * s);
+  }
 }
 
 // Leaves the gradient of x in its place and adds to the sums; `counted` is 0 in lanes that repeat a token.
@@ -121,11 +146,12 @@ template <class F>
 UNIF2ACE_INLINE void backward_part(const Problem& a, const Scratch& s, int lane, const float* counted) {
   const float count = static_cast<float>(a.dim);
   float *x = s.x + lane, *grad = s.grad + lane;
-  const F scale = normalise<F>(a, x), once = load<F>(counted + lane);
-  rotate<F>(grad, s.cos + lane, s.sin + lane, a.half, -1.0f);
+  const Statistics<F> of = statistics<F>(a, x);
+  const F once = load<F>(counted + lane);
+  rotate_back<F>(grad, s.cos + lane, s.sin + lane, a.half);
   F mean{}, slope{};
   for (int d = 0; d < a.dim; ++d) {
-    const F g = load<F>(grad + d * kLanes), u = load<F>(x + d * kLanes), v = g * s.weight[d];
+    const F g = load<F>(grad + d * kLanes), u = normalised<F>(x, d, of), v = g * s.weight[d];
     float *sum_weight = s.sum_weight + d * kLanes + lane, *sum_bias = s.sum_bias + d * kLanes + lane;
     store(sum_weight, load<F>(sum_weight) + g * u * once);
     store(sum_bias, load<F>(sum_bias) + g * once);
@@ -136,8 +162,8 @@ UNIF2ACE_INLINE void backward_part(const Problem& a, const Scratch& s, int lane,
   mean = mean / count;
   slope = slope / count;
   for (int d = 0; d < a.dim; ++d) {
-    const F u = load<F>(x + d * kLanes);
-    store(x + d * kLanes, (load<F>(grad + d * kLanes) - mean - u * slope) * scale);
+    const F u = normalised<F>(x, d, of);
+    store(x + d * kLanes, (load<F>(grad + d * kLanes) - mean - u * slope) * of.scale);
   }
 }
 

@@ -38,10 +38,12 @@ def generate(model, monkeypatch):
 
 
 @pytest.fixture
-def ask(model):
+def ask(model, monkeypatch):
     """`unif2ace ask --questions ...` in this process; returns the exit status."""
 
-    def run(questions, out, *options):
+    def run(questions, out, *options, shard=None):
+        for name, value in zip(("RANK", "WORLD_SIZE"), shard or (0, 1), strict=True):
+            monkeypatch.setenv(name, str(value))
         return main(["ask", "--questions", questions, "--out", str(out), "--model", model, *options])
 
     return run

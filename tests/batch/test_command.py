@@ -80,7 +80,7 @@ def test_what_is_recorded_is_not_drawn_again(table, generate, tmp_path, monkeypa
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.png")}
     assert len(times) == 4
     assert generate(prompts, tmp_path / "out") == 0
-    assert "6 images, 4 were done before; 2 in " in capsys.readouterr().out
+    assert "6 images, 4 were done before; 2 made in " in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in times} == times
     assert result(tmp_path / "out") == result(tmp_path / "whole")
     next(iter(times)).unlink()  # a picture that was lost is drawn again
@@ -115,14 +115,31 @@ def test_json_tells_what_was_done(table, generate, tmp_path, capsys):
     assert facts["out"] == str(tmp_path / "out" / "manifest.jsonl")
 
 
+def test_what_has_failed_counts_as_tried_but_not_as_made(table, generate, tmp_path, capsys):
+    prompts = table({"prompt": "a face"}, {"prompt": ""}, {"prompt": ""})
+    assert generate(prompts, tmp_path / "out") == 1
+    captured = capsys.readouterr()
+    assert "manifest.jsonl: 3 images; 1 made in " in captured.out
+    assert f"unif2ace: {prompts}:2 (row 1): prompt: expected some text, got an empty string\n" in captured.err
+    assert [line["row"] for line in read_lines(tmp_path / "out" / "manifest.jsonl")] == [0, 1, 2]
+    assert generate(prompts, tmp_path / "out", "--json") == 1  # tries the two again
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["images"], facts["done_before"], facts["made"], facts["failed"]) == (3, 1, 0, 2)
+    assert facts["images_per_second"] == 0
+
+
 # -------------------------------------------------------------------------------------------------------------- shards
 
 
 def test_shards_give_what_one_process_gives(table, generate, tmp_path, capsys):
     prompts = table(*ROWS)
     assert generate(prompts, tmp_path / "one") == 1
+    capsys.readouterr()
     assert generate(prompts, tmp_path / "two", shard=(1, 2)) == 0  # not the last: says nothing about failures
-    assert "2 images; 2 in " not in capsys.readouterr().err
+    captured = capsys.readouterr()
+    assert "3 images; 3 made in " in captured.out
+    assert "; other processes are still at work" in captured.out
+    assert captured.err == ""
     assert not (tmp_path / "two" / "manifest.jsonl").exists()
     assert generate(prompts, tmp_path / "two", shard=(0, 2)) == 1
     assert result(tmp_path / "two") == result(tmp_path / "one")

@@ -48,7 +48,7 @@ def test_pictures_are_those_of_the_pipeline(table, generate, tmp_path, model, ca
     settings = [(line["steps"], line["guidance"], line["temperature"]) for line in lines]
     assert settings == [(2, 3.0, 1.0)] * 4 + [(3, 0.0, 0.5)] * 2 + [(2, 3.0, 1.0)]
     captured = capsys.readouterr()
-    assert captured.out.startswith(f"{tmp_path / 'out' / 'manifest.jsonl'}: 7 images; 7 in ")
+    assert captured.out.startswith(f"{tmp_path / 'out' / 'manifest.jsonl'}: 7 images; 7 made in ")
     assert captured.err == ""
 
 
@@ -68,13 +68,13 @@ def test_bad_rows_fail_alone(table, generate, tmp_path, capsys):
         ({"prompt": 7}, "prompt: expected a string, got int"),
         ({"id": "x"}, "prompt: expected a sentence, got none"),
         ({"prompt": "very " * 200}, "prompt: expected at most 120 tokens, got "),
-        ('{"prompt": "a fa', "table.jsonl:6: expected a JSON object, got a broken one: Unterminated string"),
+        ('{"prompt": "a fa', "expected a JSON object, got a broken one: Unterminated string"),
         ({"prompt": "a face", "seed": -1}, "seed: expected an integer from 0 to 2^64 - 1, got -1"),
         ({"prompt": "a face", "seed": [3]}, "seed: expected an integer from 0 to 2^64 - 1, got [3]"),
-        ({"prompt": "a face", "guidance": 10**400}, "guidance_scale: expected a number from 0 to 100, got 1000"),
+        ({"prompt": "a face", "guidance": 10**400}, "guidance: expected a number from 0 to 100, got 1000"),
         ({"prompt": "a face", "seed": True}, "seed: expected an integer from 0 to 2^64 - 1, got True"),
         ({"prompt": "a face", "steps": 2.5}, "steps: expected an integer from 1 to 1024, got 2.5"),
-        ({"prompt": "a face", "guidance": float("nan")}, "guidance_scale: expected a number from 0 to 100, got nan"),
+        ({"prompt": "a face", "guidance": float("nan")}, "guidance: expected a number from 0 to 100, got nan"),
         ({"prompt": "a face", "temperature": "hot"}, "temperature: expected a number from 0 to 100, got 'hot'"),
         ({"prompt": "a face", "num_images": 0}, "num_images: expected an integer of at least 1, got 0"),
         ({"prompt": "a face", "num_images": 10**9}, "num_images: expected at most 1000000, got 1000000000"),
@@ -109,7 +109,7 @@ def test_parquet_holds_the_same_pictures(table, generate, tmp_path, capsys):
     assert not (tmp_path / "out.parquet.parts" / "images").exists()
     capsys.readouterr()
     assert generate(prompts, tmp_path / "out.parquet") == 0
-    assert "7 images, 7 were done before; 0 in " in capsys.readouterr().out
+    assert "7 images, 7 were done before; 0 made in " in capsys.readouterr().out
     assert (tmp_path / "out.parquet").read_bytes() == before
     (tmp_path / "out.parquet").unlink()  # without it, all is drawn again
     assert generate(prompts, tmp_path / "out.parquet") == 0
@@ -148,7 +148,7 @@ def test_png_bytes_depend_on_pixels_only():
 @pytest.mark.parametrize(
     ("rows", "options", "sentence"),
     [
-        ([{"prompt": "a"}, {"promt": "b"}], [], "table.jsonl:2: expected columns among prompt, id, "),
+        ([{"prompt": "a"}, {"promt": "b"}], [], "table.jsonl:2 (row 1): expected columns among prompt, id, "),
         ([], [], "table.jsonl: expected at least one row, got an empty table"),
         ([{"prompt": "a"}], ["--mask", "x.png"], "generate: expected --prompts without --mask, got both"),
         ([{"prompt": "a"}], ["a face"], "generate: expected --prompts without prompt, got both"),

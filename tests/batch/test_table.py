@@ -1,12 +1,13 @@
 """Tables: three formats, one numbering, rows that fail alone, tables that are refused."""
 
 import json
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from unif2ace.batch.table import PARQUET_ROWS, Row, Table
+from unif2ace.batch.table import PARQUET_ROWS, Row, Table, place
 from unif2ace.errors import UserError
 
 COLUMNS = ("prompt", "id", "num_images")
@@ -65,12 +66,12 @@ def test_parquet_is_read_in_pieces(tmp_path):
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        (b'{"prompt": "a",', "p.jsonl:2: expected a JSON object, got a broken one: Expecting property name"),
-        (b"", "p.jsonl:2: expected a JSON object, got a broken one: Expecting value, at character 1"),
-        (b'["a"]', "p.jsonl:2: expected a JSON object, got list"),
-        (b'{"prompt": "\xff"}', "p.jsonl:2: expected UTF-8 text, got bytes that are none at 12"),
-        (b'{"num_images": ' + b"9" * 5000 + b"}", "p.jsonl:2: expected a JSON object, got an unreadable one: "),
-        (b"[" * 100_000, "p.jsonl:2: expected a JSON object, got an unreadable one: "),
+        (b'{"prompt": "a",', "expected a JSON object, got a broken one: Expecting property name"),
+        (b"", "expected a JSON object, got a broken one: Expecting value, at character 1"),
+        (b'["a"]', "expected a JSON object, got list"),
+        (b'{"prompt": "\xff"}', "expected UTF-8 text, got bytes that are none at 12"),
+        (b'{"num_images": ' + b"9" * 5000 + b"}", "expected a JSON object, got an unreadable one: "),
+        (b"[" * 100_000, "expected a JSON object, got an unreadable one: "),
     ],
 )
 def test_a_line_that_cannot_be_read_is_a_row_with_a_reason(tmp_path, line, reason):
@@ -87,12 +88,22 @@ def test_a_line_that_cannot_be_read_is_a_row_with_a_reason(tmp_path, line, reaso
         ("p.csv", b"a", r"p.csv: expected a table ending in .txt, .jsonl, .parquet, got .csv"),
         ("p.txt", b"", r"p.txt: expected at least one row, got an empty table"),
         ("p.parquet", b"PAR1 no", r"p.parquet: expected a readable Parquet file, got: "),
-        ("p.jsonl", b'{"prompt": "a"}\n{"promt": "b"}', r"p.jsonl:2: expected columns among prompt, .*, got 'promt'"),
+        (
+            "p.jsonl",
+            b'{"prompt": "a"}\n{"promt": "b"}',
+            r"p.jsonl:2 \(row 1\): expected columns .*, got 'promt'",
+        ),
     ],
 )
 def test_tables_that_are_refused(tmp_path, name, content, sentence):
     with pytest.raises(UserError, match=sentence):
         open_table(tmp_path / name, content)
+
+
+def test_messages_name_the_row_and_the_line_where_there_are_lines():
+    assert place(Path("a/p.jsonl"), 5) == "a/p.jsonl:6 (row 5)"
+    assert place(Path("p.txt"), 0) == "p.txt:1 (row 0)"
+    assert place(Path("p.Parquet"), 5) == "p.Parquet, row 5"
 
 
 def test_unknown_parquet_columns_and_missing_files_are_refused(tmp_path):

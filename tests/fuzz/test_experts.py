@@ -65,9 +65,11 @@ def test_mlp_well_formed(tokens, hidden, inner, experts, top_k, activation, dtyp
         inputs["b_up"] = source.floats("b_up", experts, up_rows, dtype=dtype)
         inputs["b_down"] = source.floats("b_down", experts, hidden, dtype=dtype)
 
+    few = source.draw(st.none() | st.booleans(), "few")
+
     def run(backend: str, **tensors: Tensor) -> tuple[Tensor]:
         plan = RoutingPlan(tensors.pop("weights"), None, offsets, order, position, load, None, None)
-        return (expert_mlp(tensors.pop("x"), plan, **tensors, activation=activation, backend=backend),)
+        return (expert_mlp(tensors.pop("x"), plan, **tensors, activation=activation, few=few, backend=backend),)
 
     compare_runs(run, source, inputs, slack=2e-3)
 
@@ -199,4 +201,5 @@ def test_mlp_malformed(tokens, hidden, inner, experts, top_k, what, backward, da
         assert_refused("expert_mlp_backward", *arguments.values())
     else:
         forward = [x for name, x in arguments.items() if name not in BACKWARD]
-        assert_refused("expert_mlp", *forward, source.draw(st.booleans(), "save"))
+        save, few = source.draw(st.booleans(), "save"), source.draw(st.none() | st.booleans(), "few")
+        assert_refused("expert_mlp", *forward, save, few)

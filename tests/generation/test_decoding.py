@@ -1,11 +1,17 @@
 """Answers: the cached, batched, ragged loop gives what one full pass per token gives."""
 
+import hashlib
+import random
+
 import pytest
 import torch
 
+from tests.bits import needs_native, run_python
 from tests.tiny import TOKENS, build_parts
 from unif2ace.errors import UserError
+from unif2ace.generation import decoding
 from unif2ace.generation.decoding import stream_answers
+from unif2ace.ops import use_backend
 from unif2ace.vocabulary import pack_understanding
 
 END_BIAS = 5.0  # makes this random model end its answers after different numbers of tokens
@@ -174,3 +180,85 @@ def test_options_out_of_range_are_refused(parts, options):
     model, codes, features = parts
     with pytest.raises(UserError, match=f"^{next(iter(options))}: expected"):
         decode_answers(model, codes, QUESTIONS, features, **options)
+
+
+# ---------------------------------------------------------------------------------------------------------------- bits
+
+SAMPLED = {"temperature": 0.9, "top_k": 40, "top_p": 0.95}
+
+
+def float32_parts():
+    """(model, codes, features, (question, image) pairs): enough pairs for every kernel to see few rows and many."""
+    model = build_parts().model
+    with torch.no_grad():
+        model.head.bias[model.vocabulary.eot] += END_BIAS
+    generator, rng = torch.Generator().manual_seed(2), random.Random(2)
+    shapes = {name: model.config.sequence_moe.feature_shape(name) for name in ("clip", "face")}
+    codes = torch.randint(0, model.config.codebook_size, (5, TOKENS), generator=generator)
+    features = {name: torch.randn(5, *shape, generator=generator) for name, shape in shapes.items()}
+    pairs = [([rng.randrange(3, 300) for _ in range(rng.randrange(12))], rng.randrange(5)) for _ in range(90)]
+    return model, codes, features, pairs
+
+
+def traced(monkeypatch, parts, chosen, options):
+    """Question -> (its tokens, its logits of every step), asked together in the order of `chosen`."""
+    model, codes, features, pairs = parts
+    logits, sample = {}, decoding.sample_tokens
+
+    def record(rows, seeds, steps, *arguments, **keywords):
+        for row, seed, step in zip(rows, seeds.tolist(), steps.tolist(), strict=True):
+            logits.setdefault(seed, {})[step] = row.clone()
+        return sample(rows, seeds, steps, *arguments, **keywords)
+
+    tokens = {q: [] for q in chosen}
+    questions, which = zip(*(pairs[q] for q in chosen), strict=True)
+    with monkeypatch.context() as patch, use_backend("native"):
+        patch.setattr(decoding, "sample_tokens", record)
+        for piece in stream_answers(
+            model, codes, questions, features, images=which, seeds=chosen, max_new_tokens=7, **options
+        ):
+            tokens[chosen[piece.index]] += piece.tokens
+    steps = {q: min(7, len(answer) + 1) for q, answer in tokens.items()}  # behind its end a row may run along
+    return {q: (tokens[q], [logits[q][step] for step in range(steps[q])]) for q in chosen}
+
+
+@needs_native
+@pytest.mark.parametrize("options", [{}, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_same_bits_alone_and_in_any_batch(monkeypatch, threads, options):
+    parts, before, rng = float32_parts(), torch.get_num_threads(), random.Random(threads)
+    every = range(len(parts[-1]))
+    try:
+        torch.set_num_threads(1)
+        alone = {}
+        for question in every:
+            alone |= traced(monkeypatch, parts, [question], options)
+        torch.set_num_threads(threads)
+        batches = [rng.sample(every, count) for count in (2, 3, 5, 17, 40, 90)]
+        for steps_per_check, chosen in enumerate(batches, start=1):
+            found = traced(monkeypatch, parts, chosen, {**options, "steps_per_check": steps_per_check})
+            for question, (tokens, logits) in found.items():
+                assert tokens == alone[question][0]
+                assert all(map(torch.equal, logits, alone[question][1]))
+    finally:
+        torch.set_num_threads(before)
+    assert len({tuple(tokens) for tokens, _ in alone.values()}) > 20
+    assert len({len(tokens) for tokens, _ in alone.values()}) > 2
+
+
+def digest_of(found):
+    return hashlib.sha256(repr([(q, found[q][0]) for q in sorted(found)]).encode()).hexdigest()
+
+
+@needs_native
+def test_the_same_answers_after_a_restart(monkeypatch):
+    program = """
+import pytest
+from tests.generation.test_decoding import SAMPLED, digest_of, float32_parts, traced
+print(digest_of(traced(pytest.MonkeyPatch(), float32_parts(), list(range(90))[::-1], SAMPLED)))
+"""
+    done, alone, parts = run_python(program), {}, float32_parts()
+    assert done.returncode == 0, done.stderr
+    for question in range(90):
+        alone |= traced(monkeypatch, parts, [question], SAMPLED)
+    assert done.stdout.split() == [digest_of(alone)]

@@ -55,7 +55,7 @@ def test_no_step_reads_a_number_back(traced):
     model, slots, plans = traced
     run_steps(model, slots, plans)
     assert slots.tokens.device.type == "meta"
-    assert slots.tokens.shape == (3, model.config.image_rows)
+    assert slots.tokens.shape == (2, model.config.image_rows)
 
 
 @pytest.mark.parametrize(

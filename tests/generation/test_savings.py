@@ -7,7 +7,6 @@ from benchmarks.savings import SAVINGS, draw
 from tests.tiny import build_parts
 from unif2ace.generation.engine import GenerationEngine, Request
 from unif2ace.generation.plain import generate_codes
-from unif2ace.generation.prefix import invariant_rows
 
 PROMPTS = [[5, 6, 7], [8], [5, 6, 7], [9, 10, 11, 12, 13]]
 SEEDS = [3, 2**63 + 5, 0, 11]
@@ -74,9 +73,9 @@ def test_what_images_and_steps_share_is_run_once(parts, monkeypatch):
         ratios.append(options["mask_ratio"].tolist())
         return resume(self, first, layout, **options)
 
-    def counted_start(self, tokens, *rest):
+    def counted_start(self, tokens, *rest, few):
         started.append(len(tokens))
-        return start(self, tokens, *rest)
+        return start(self, tokens, *rest, few=few)
 
     monkeypatch.setattr(model, "forward", counted_forward)
     monkeypatch.setattr(model, "resume", counted_resume)
@@ -85,13 +84,10 @@ def test_what_images_and_steps_share_is_run_once(parts, monkeypatch):
     engine = GenerationEngine(parts.model, parts.codec, 3)
     faces = list(engine.stream([Request([5, 6, 7], [1, 2, 3], steps=3)]))
     assert len({face.codes.numpy().tobytes() for face in faces}) == 3
-    added = passes[0][0] - (6 + image) - (3 + image)
-    assert added % (3 + image) == 0  # empty prompts, where a pass would have too few rows
-    assert passes[0][1] == 2 * size + added // (3 + image) * size
     unknown = [13, 8]  # floor(16 cos(pi k / 6)), k = 1, 2
-    assert passes[1:] == [(6 * image, 6 * count) for count in unknown]
+    assert passes == [(6 + image + 3 + image, 2 * size), *((6 * image, 6 * count) for count in unknown)]
     assert ratios == [[1.0], [13 / 16], [8 / 16]]
-    assert started == [6 * image, max(6 * (13 - 8), invariant_rows(parts.model.config))]
+    assert started == [6 * image, 6 * (13 - 8)]
     passes.clear()
     list(engine.stream([Request([5, 6, 7], [4], steps=1)]))
     assert passes == []  # a known prompt and one step: no pass at all

@@ -56,10 +56,12 @@ def problem(shape: ExpertShape, biases: bool = True) -> tuple[Tensors, torch.Ten
     return tensors, plan.experts
 
 
-def run_mlp(tensors: Tensors, experts: torch.Tensor, activation: str, backend: str) -> torch.Tensor:
+def run_mlp(
+    tensors: Tensors, experts: torch.Tensor, activation: str, backend: str, few: bool | None = None
+) -> torch.Tensor:
     tensors = dict(tensors)
     plan = plan_of(experts, tensors.pop("weights"), tensors["w_up"].shape[0])
-    return expert_mlp(tensors.pop("x"), plan, **tensors, activation=activation, backend=backend)
+    return expert_mlp(tensors.pop("x"), plan, **tensors, activation=activation, few=few, backend=backend)
 
 
 def mlp_row_by_row(tensors: Tensors, experts: torch.Tensor, activation: str) -> torch.Tensor:
@@ -282,9 +284,9 @@ def test_opcheck_mlp(backend: str, biases: bool):
     offsets, order, position, _ = grouping_plan(experts, 3)
     rest = (weights, offsets, order, position, w_up, w_down, tensors.get("b_up"), tensors.get("b_down"), "silu")
     op = _registry.registered(backend, "expert_mlp")
-    for save in (False, True):
-        torch.library.opcheck(op, (x, *rest, save))
-    y, pre = op(x, *rest, True)
+    for save, few in ((False, None), (True, True), (False, False)):
+        torch.library.opcheck(op, (x, *rest, save, few))
+    y, pre = op(x, *rest, True, None)
     torch.library.opcheck(_registry.registered(backend, "expert_mlp_backward"), (torch.randn_like(y), x, pre, *rest))
 
 

@@ -86,6 +86,32 @@ def test_a_token_does_not_depend_on_the_batch_around_it(backend: str, sizes: tup
         assert torch.equal(run_mlp(part, experts[rows], "gelu_tanh", backend), whole[rows])
 
 
+@pytest.mark.parametrize("few", [True, False], ids=["few", "many"])
+@pytest.mark.parametrize(("backend", "dtype"), ROWWISE, ids=str)
+def test_who_says_few_or_many_has_the_same_bits_in_any_number(backend: str, few: bool, dtype: torch.dtype):
+    """300 tokens are many for 4 experts, 1 is few; told so, the number decides nothing."""
+    shape = ExpertShape(300, 64, 48, 4, 2)
+    tensors, experts = problem(shape)
+    tensors = {name: x.to(torch.float32 if name == "weights" else dtype) for name, x in tensors.items()}
+    whole = run_mlp(tensors, experts, "gelu_tanh", backend, few)
+    for first, last in ((0, 1), (7, 8), (3, 12), (100, 133), (299, 300), (40, 300)):
+        rows = slice(first, last)
+        part = {**tensors, "x": tensors["x"][rows], "weights": tensors["weights"][rows]}
+        assert torch.equal(run_mlp(part, experts[rows], "gelu_tanh", backend, few), whole[rows])
+
+
+@pytest.mark.parametrize("few", [True, False], ids=["few", "many"])
+@pytest.mark.parametrize("tokens", [0, 3, 300])
+@each_case_repeated
+def test_few_or_many_by_order(backend: str, tokens: int, few: bool, dtype: torch.dtype):
+    tensors, experts = problem(ExpertShape(tokens, 24, 20, 4, 2))
+
+    def run(backend: str, **tensors: torch.Tensor) -> tuple[torch.Tensor]:
+        return (run_mlp(tensors, experts, "gelu_tanh", backend, few),)
+
+    assert_matches_reference(run, tensors, dtype, backend, keep=("weights",))
+
+
 @pytest.mark.parametrize("gathered", [False, True], ids=["rows", "gather"])
 @each_case_repeated
 def test_grouped_gemm_on_many_rows(backend: str, gathered: bool, dtype: torch.dtype):

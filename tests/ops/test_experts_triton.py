@@ -83,8 +83,8 @@ def test_every_path(config: Config, activation: str, tma: bool):
     op = _registry.registered("triton", "expert_mlp")
     with launched_with(config) as launches, compiling_for(90) if tma else nullcontext():
         with poisoned(*(x.nbytes for x in plain)):
-            found = op(*arguments, activation, True)
-        assert torch.equal(op(*arguments, activation, False)[0], found[0])
+            found = op(*arguments, activation, True, None)
+        assert torch.equal(op(*arguments, activation, False, None)[0], found[0])
     assert all(bool(launch["TMA_B"]) == tma for launch in launches) or not INTERPRETED
     for name, values in zip(("y", "pre-activation"), zip(found, truth, plain, strict=True), strict=True):
         assert_close(name, *values)

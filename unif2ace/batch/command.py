@@ -33,7 +33,7 @@ from unif2ace.batch.faces import Faces, FaceTask
 from unif2ace.batch.output import Output
 from unif2ace.batch.ray import Cluster, Loading
 from unif2ace.batch.record import OPEN, Line, Record
-from unif2ace.batch.table import Table
+from unif2ace.batch.table import Table, place
 from unif2ace.bundle import load_defaults, model_sha256, resolve_folder
 from unif2ace.errors import UserError
 from unif2ace.pipeline import UniF2acePipeline
@@ -48,9 +48,7 @@ def generate(options: argparse.Namespace) -> int:
             raise UserError(f"generate: expected --prompts without {'--' * (name != 'prompt')}{name}, got both")
     folder = resolve_folder(options.model)
     output = Output.of_faces(Path(options.out or "faces"), faces.FIELDS)
-    settings = load_defaults(folder).override(
-        steps=options.steps, guidance_scale=options.guidance, temperature=options.temperature
-    )
+    settings = load_defaults(folder).override_drawing(options.steps, options.guidance, options.temperature)
     inputs.as_seeds(options.seed, 1)
     digest = model_sha256(folder)
     job = Faces(settings, options.num, options.seed, digest, output.root.absolute(), options.batch_size)
@@ -114,7 +112,7 @@ class _Run:
             "device": device.partition(":")[0],
             "backend": self.options.backend,
         }
-        started = time.perf_counter()
+        started, made = time.perf_counter(), 0
         root = None if output.pictures_moved else output.root
         with Record(output.parts, settings, table.total, rank, root) as record:
             own = sum(map(len, table.numbers(rank, world_size)))
@@ -124,6 +122,7 @@ class _Run:
                 try:
                     for lines in self._lines(record, tasks, todo, device, cluster):
                         record.append(lines)
+                        made += sum(line["error"] is None for line in lines)
                         bar.update(len(lines))
                 except KeyboardInterrupt:
                     number = record.total - record.state.count(OPEN)
@@ -134,7 +133,7 @@ class _Run:
                     raise
             seconds = time.perf_counter() - started
             finished = output.finish(record)
-            return self._report(record, own, todo, seconds, finished, device)
+            return self._report(record, own, todo, made, seconds, finished, device)
 
     def _tasks(self, record: Record, rank: int, world_size: int) -> Iterator[FaceTask | AnswerTask]:
         for row, numbers in self.table.rows(rank, world_size):
@@ -162,16 +161,20 @@ class _Run:
         pipe = UniF2acePipeline.from_pretrained(options.model, device=device, backend=options.backend)
         return self.job.run(pipe, tasks, record.partial)
 
-    def _report(self, record: Record, own: int, todo: int, seconds: float, finished: bool, device: str) -> int:
+    def _report(
+        self, record: Record, own: int, todo: int, made: int, seconds: float, finished: bool, device: str
+    ) -> int:
+        """Print what came of it. Of `own` results `todo` have been tried now, and `made` of these have succeeded."""
         failed = record.failed if finished else 0
         facts = {
             "out": str(self.output.final),
             "finished": finished,
             f"{self.unit}s": own,
             "done_before": own - todo,
+            "made": made,
             "failed": failed,
             "seconds": round(seconds, 4),
-            f"{self.unit}s_per_second": round(todo / seconds, 3),
+            f"{self.unit}s_per_second": round(made / seconds, 3),
             "model": self.options.model,
             "model_sha256": self.job.model_sha256,
             "device": device,
@@ -182,12 +185,12 @@ class _Run:
             before = f", {own - todo} were done before" if own > todo else ""
             waiting = "" if finished else "; other processes are still at work"
             print(
-                f"{self.output.final}: {own} {self.unit}s{before}; {todo} in {seconds:.1f} s "
-                f"({todo / seconds:.2f} {self.unit}s/s){waiting}"
+                f"{self.output.final}: {own} {self.unit}s{before}; {made} made in {seconds:.1f} s "
+                f"({made / seconds:.2f} {self.unit}s/s){waiting}"
             )
         if failed:
             reasons = (
-                f"row {line.get('row', line['number'])}: {line['error']}"
+                f"{place(self.table.path, line.get('row', line['number']))}: {line['error']}"
                 for line in record.lines_in_order()
                 if line["error"] is not None
             )

@@ -8,6 +8,9 @@
 | `seed` | picture j of the row has the seed `seed + j` | `--seed` + the running number of the picture in the table |
 | `steps`, `guidance`, `temperature` | as on the command line | as on the command line |
 
+The manifest says of each picture which `row` it belongs to: rows count from 0, so that row i is line i + 1 of a .txt or
+.jsonl file.
+
 A picture depends on its own row and seed alone (`generation/engine.py`), so neither the process that draws it nor those
 drawn beside it matter. Its PNG holds pixels and nothing else; one release of Pillow gives one sequence of bytes.
 """
@@ -112,9 +115,8 @@ class Faces:
         inputs.as_texts("prompt", [values["prompt"]])
         if "num_images" in values:
             _num_images(row)
-        settings = self.settings.override(
-            steps=values.get("steps"), guidance_scale=values.get("guidance"), temperature=values.get("temperature")
-        )
+        drawing = (values.get(name) for name in ("steps", "guidance", "temperature"))
+        settings = self.settings.override_drawing(*drawing)
         return {
             "steps": settings.steps,
             "guidance": float(settings.guidance_scale),

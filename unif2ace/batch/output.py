@@ -6,9 +6,9 @@
 | file.parquet | one table; pictures in the column `image`, a struct(bytes, path) | `file.parquet.parts/` |
 | file.jsonl (answers) | one object per line | `file.jsonl.parts/` |
 
-The result does not depend on how the work was divided or interrupted: with the native back end on CPUs, pictures and
-manifest are the same bytes from one process, from several, and after a crash. On other back ends, and in answers, the
-company in a batch may round the last bit of a logit otherwise, and rarely that changes a token.
+The result does not depend on how the work was divided or interrupted: with the native back end on CPUs, pictures,
+manifest and answers (these in float32) are the same bytes from one process, from several, and after a crash. On other
+back ends the company in a batch may round the last bit of a logit otherwise, and rarely that changes a token.
 
 A Parquet file is written from the pictures in its record folder, which are removed once they are in it and nothing has
 failed; the rest of the record stays, so that the command, given again, knows that all is done.

@@ -4,6 +4,8 @@ Every line is a row. A table is read twice: `Table.open` numbers its rows and re
 done, `rows` hands them out; neither holds more than one piece of it. A row that cannot be read is handed out with the
 reason, so that it fails alone.
 
+Rows count from 0, here and in results; lines count from 1, as in editors. Messages say both: "prompts.jsonl:6 (row 5)".
+
 Numbers: row i stands for `count(row i)` results (images), which carry the running numbers starts[i] .. starts[i+1] - 1.
 Every process that reads the table finds the same numbers, whatever share of the rows is its own.
 
@@ -30,7 +32,7 @@ PARQUET_ROWS = 1024  # rows decoded at a time
 
 
 class Row(NamedTuple):
-    """Row `index` of a table: its columns, without those that are null; or why it cannot be read."""
+    """Row `index` (from 0) of a table: its columns, without those that are null; or why it cannot be read."""
 
     index: int
     values: dict[str, object]
@@ -108,6 +110,11 @@ class Table:
             raise UserError(f"{self.path}: expected a table that stays as it is, but it has changed since the start")
 
 
+def place(path: Path, row: int) -> str:
+    """Row `row` of the table `path`, as messages name it: by its line too, where it is one."""
+    return f"{path}, row {row}" if path.suffix.lower() == ".parquet" else f"{path}:{row + 1} (row {row})"
+
+
 def _read(path: Path, columns: tuple[str, ...]) -> Iterator[Row]:
     suffix = path.suffix.lower()
     if suffix == ".parquet":
@@ -122,7 +129,6 @@ def _read_text(path: Path, column: str) -> Iterator[Row]:
 
 def _read_jsonl(path: Path, columns: tuple[str, ...]) -> Iterator[Row]:
     for index, line in _lines(path):
-        where = f"{path.name}:{index + 1}"
         if isinstance(line, _Unreadable):
             yield Row(index, {}, line.error)
             continue
@@ -130,15 +136,15 @@ def _read_jsonl(path: Path, columns: tuple[str, ...]) -> Iterator[Row]:
             values = json.loads(line)
         except json.JSONDecodeError as error:
             reason = f"{error.msg}, at character {error.colno}"
-            yield Row(index, {}, f"{where}: expected a JSON object, got a broken one: {reason}")
+            yield Row(index, {}, f"expected a JSON object, got a broken one: {reason}")
             continue
         except (ValueError, RecursionError) as error:  # numbers of thousands of digits, brackets in brackets in ...
-            yield Row(index, {}, f"{where}: expected a JSON object, got an unreadable one: {error}")
+            yield Row(index, {}, f"expected a JSON object, got an unreadable one: {error}")
             continue
         if not isinstance(values, dict):
-            yield Row(index, {}, f"{where}: expected a JSON object, got {type(values).__name__}")
+            yield Row(index, {}, f"expected a JSON object, got {type(values).__name__}")
             continue
-        _refuse_unknown(f"{path}:{index + 1}", values, columns)
+        _refuse_unknown(place(path, index), values, columns)
         yield Row(index, {name: value for name, value in values.items() if value is not None})
 
 
@@ -166,8 +172,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str | _Unreadable]]:
             try:
                 yield index, line.decode("utf-8-sig" if index == 0 else "utf-8").rstrip("\r\n")
             except UnicodeDecodeError as error:
-                reason = f"{path.name}:{index + 1}: expected UTF-8 text, got bytes that are none at {error.start}"
-                yield index, _Unreadable(reason)
+                yield index, _Unreadable(f"expected UTF-8 text, got bytes that are none at {error.start}")
 
 
 def _refuse_unknown(where: str, found: object, columns: tuple[str, ...]) -> None:

@@ -4,8 +4,13 @@ An image's rows never see the text behind them, so each image runs once, whateve
 every question runs once, and after that one row per sequence and step. Questions of different lengths share a batch:
 rows are packed, and their numbers are known on the host. The cache has one shape from the first step to the last.
 
-Greedy by default; with temperature, top-k and top-p, from the same stateless noise as faces: an answer depends on its
-own seed.
+Greedy by default; with temperature, top-k and top-p, from the same stateless noise as faces.
+
+**An answer depends on its own image, question and seed alone**: on CPUs by the back end `native` in float32 its tokens
+and their logits have the same bits alone, in any batch, with any number of threads and after a restart. Dense products
+give a row the same bits in any company (`ops/linear.py`). Those of the experts do so by either of two ways, for few
+rows or for many: passes over text take the one, passes over images the other, however many rows they have
+(`ops.expert_mlp`, `few`). Elsewhere the last bit of a logit may differ between batches, and rarely a token.
 
 Cost: (N + 3) rows per image, the question's rows, one row per token; decoding reads all weights in every step. The host
 looks at the tokens every `steps_per_check` steps: on a GPU it would wait for the device, and a sequence that has ended

@@ -19,8 +19,8 @@ that does not depend on drawn tokens is computed on the host, in `plan_step`; `r
 shapes and never reads a number back. Which tokens are unknown is kept on the device: `Slots.order` has them first, and
 a step moves those it draws behind those that stay. So the loop over all steps can be captured as one CUDA graph.
 
-**Bits.** All rows run through the same products, and rows are added where there are too few for a product to give a
-row the same bits in any company (`prefix.invariant_rows`). A face is then the same whoever shares its batch.
+**Bits.** Which product a row runs through depends on its own image alone, and the products give a row the same bits in
+any company (`ops/linear.py`, `ops.expert_mlp`). A face is then the same whoever shares its batch.
 
 Cost per step: images * (N + 2) rows, twice that with guidance, through the transformer.
 """
@@ -42,7 +42,10 @@ def run_step(model: UniF2ace, slots: Slots, plan: StepPlan) -> None:
     if plan.layout is not None:
         row = slots.order[plan.changed]
         tokens = slots.tokens.view(-1)[plan.changed_token + row]
-        slots.first_layer.update(model, tokens, row, plan.changed_position + row, plan.changed_row + row)
+        changed = tokens, row, plan.changed_position + row, plan.changed_row + row
+        for part, few in ((slice(plan.fresh), False), (slice(plan.fresh, None), True)):
+            if len(row[part]):
+                slots.first_layer.update(model, *(values[part] for values in changed), few=few)
         passed = model.resume(
             slots.first_layer.read(plan.halves),
             plan.layout,

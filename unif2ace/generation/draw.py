@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,47 +17,53 @@ from unif2ace.generation.settings import GenerationConfig
 from unif2ace.model.transformer import UniF2ace
 
 
-def draw_fast(
-    model: UniF2ace,
-    codec: SmallCodec,
-    prompts: Sequence[Sequence[int]],
-    seeds: Sequence[int],
-    settings: GenerationConfig,
-    *,
-    known: tuple[Tensor, Tensor] | None = None,
-    batch_size: int = 32,
-    on_step: Callable[[int, int], None] | None = None,
-) -> Tensor:
-    """uint8 [len(seeds), S, S, 3] on the CPU, by `GenerationEngine`.
+@dataclass(frozen=True, eq=False)
+class DrawingTask:
+    """Images to draw, one for each seed; the seeds are shared out evenly, so many for the first prompt, and so on.
 
-    Args:
-        prompts: text ids; the seeds are shared out evenly, so many for the first prompt, and so on.
-        known: (codes [N], which to keep [N] bool) of every image, or None.
-        batch_size: images drawn at a time. on_step(done, total): called after every step of a batch.
-
-    Raises `UserError` for the first image that fails.
+    prompts: text ids. known: (codes [N], which to keep [N] bool) of every image, or None. batch_size: images drawn at a
+    time. on_step(done, total): called after every step of a batch.
     """
-    done, total = 0, -(-len(seeds) // batch_size) * settings.steps
+
+    prompts: Sequence[Sequence[int]]
+    seeds: Sequence[int]
+    settings: GenerationConfig
+    known: tuple[Tensor, Tensor] | None = None
+    batch_size: int = 32
+    on_step: Callable[[int, int], None] | None = None
+
+    @property
+    def images_per_prompt(self) -> int:
+        return len(self.seeds) // len(self.prompts)
+
+    @property
+    def batches(self) -> int:
+        return -(-len(self.seeds) // self.batch_size)
+
+
+def draw_fast(model: UniF2ace, codec: SmallCodec, task: DrawingTask) -> Tensor:
+    """uint8 [len(seeds), S, S, 3] on the CPU, by `GenerationEngine`. Raises `UserError` for the first that fails."""
+    settings, each = task.settings, task.images_per_prompt
+    done, total = 0, task.batches * settings.steps
 
     def report() -> None:
         nonlocal done
         done += 1
-        on_step(done, total)
+        task.on_step(done, total)
 
     engine = GenerationEngine(
         model,
         codec,
-        min(batch_size, len(seeds)),
-        max_prompt_tokens=max(1, *map(len, prompts)),
-        on_step=None if on_step is None else report,
+        min(task.batch_size, len(task.seeds)),
+        max_prompt_tokens=max(1, *map(len, task.prompts)),
+        on_step=None if task.on_step is None else report,
     )
-    each = len(seeds) // len(prompts)
     numbers = (settings.steps, settings.guidance_scale, settings.temperature, settings.remask_tau)
     requests = (
-        Request(prompt, seeds[index * each : (index + 1) * each], *numbers, *(known or ()), key=index * each)
-        for index, prompt in enumerate(prompts)
+        Request(prompt, task.seeds[first : first + each], *numbers, *(task.known or ()), key=first)
+        for first, prompt in zip(range(0, len(task.seeds), each), task.prompts, strict=True)
     )
-    faces = torch.empty(len(seeds), codec.image_size, codec.image_size, 3, dtype=torch.uint8)
+    faces = torch.empty(len(task.seeds), codec.image_size, codec.image_size, 3, dtype=torch.uint8)
     for face in engine.stream(requests):
         if face.error is not None:
             raise UserError(face.error)
@@ -64,38 +71,28 @@ def draw_fast(
     return faces
 
 
-def draw_plain(
-    model: UniF2ace,
-    codec: SmallCodec,
-    prompts: Sequence[Sequence[int]],
-    seeds: Sequence[int],
-    settings: GenerationConfig,
-    *,
-    known: tuple[Tensor, Tensor] | None = None,
-    batch_size: int = 32,
-    on_step: Callable[[int, int], None] | None = None,
-) -> Tensor:
+def draw_plain(model: UniF2ace, codec: SmallCodec, task: DrawingTask) -> Tensor:
     """The same by the plain loop, batch after batch."""
-    prompts = [prompt for prompt in prompts for _ in range(len(seeds) // len(prompts))]
-    batches, faces = -(-len(seeds) // batch_size), []
-    for index in range(batches):
-        part = slice(index * batch_size, (index + 1) * batch_size)
+    settings, faces = task.settings, []
+    prompts = [prompt for prompt in task.prompts for _ in range(task.images_per_prompt)]
+    for index in range(task.batches):
+        part = slice(index * task.batch_size, (index + 1) * task.batch_size)
 
         def report(done: int, total: int, before: int = index) -> None:
-            on_step(before * total + done, batches * total)
+            task.on_step(before * total + done, task.batches * total)
 
-        number = len(seeds[part])
+        number = len(task.seeds[part])
         codes = generate_codes(
             model,
             prompts[part],
-            seeds[part],
+            task.seeds[part],
             steps=settings.steps,
             guidance=settings.guidance_scale,
             temperature=settings.temperature,
             tau=settings.remask_tau,
-            known_codes=None if known is None else known[0].expand(number, -1),
-            known=None if known is None else known[1].expand(number, -1),
-            on_step=None if on_step is None else report,
+            known_codes=None if task.known is None else task.known[0].expand(number, -1),
+            known=None if task.known is None else task.known[1].expand(number, -1),
+            on_step=None if task.on_step is None else report,
         )
         faces.append(to_uint8(codec.decode(codes)).cpu())
     return torch.cat(faces)

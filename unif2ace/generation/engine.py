@@ -10,9 +10,9 @@ slot. What the images of a prompt share is computed once and kept for the prompt
 
 * **An image depends on its own request and seed alone**: the same bits alone, in any batch, after a restart. On CPUs by
   the back end `native`, tested over tokens and pixels. It rests on noise that is a function of (seed, position, step),
-  and on products that treat a row the same in any company (`ops/linear.py`, `ops.experts.invariant_tokens`). cuBLAS
-  picks kernels by the number of rows, MKL's and the reference's expert products depend on it: there the last bit of a
-  logit may differ between batches, and rarely a token.
+  on products that treat a row the same in any company (`ops/linear.py`, `few` of `ops.expert_mlp`), and on a codec
+  that does so with images (`codec/small.py`). cuBLAS picks kernels by the number of rows, MKL's and the reference's
+  expert products depend on it: there the last bit of a logit may differ between batches, and rarely a token.
 * **A bad request fails alone.** What can be checked is checked when it is submitted. A step that fails is taken again
   request by request; those that fail again end with their reason, the others go on.
 * **Memory is bounded** by `max_batch`: weights, the slots' cache, one pass. `submit` draws until there is room in the
@@ -37,8 +37,8 @@ from unif2ace.errors import UserError
 from unif2ace.generation.denoise import run_step
 from unif2ace.generation.plan import plan_step
 from unif2ace.generation.prefix import Prefix, run_prefixes
-from unif2ace.generation.schedule import Step, schedule_steps
-from unif2ace.generation.settings import GenerationConfig, check_count, codes_to_draw
+from unif2ace.generation.schedule import Step, check_steps, schedule_steps
+from unif2ace.generation.settings import MAX_GUIDANCE, MAX_TEMPERATURE, check_count, check_number, codes_to_draw
 from unif2ace.generation.slots import Drawing, Slots
 from unif2ace.model.transformer import UniF2ace
 
@@ -135,7 +135,7 @@ class GenerationEngine:
             return
         if not job.steps:  # everything is known
             for index in range(job.waiting):
-                self._finish(job, index, job.codes.to(self.slots.tokens.device))
+                self._finish([(job, index, job.codes.to(self.slots.tokens.device))])
             return
         while sum(waiting.waiting for waiting in self._queue) >= self.max_batch:
             self.step()
@@ -172,12 +172,10 @@ class GenerationEngine:
         return bool(self._queue or self._drawing or self._finished)
 
     def _accept(self, request: Request) -> _Job:
-        GenerationConfig(
-            steps=request.steps,
-            guidance_scale=request.guidance,
-            temperature=request.temperature,
-            remask_tau=request.tau,
-        )
+        check_steps(request.steps)
+        check_number("guidance", request.guidance, MAX_GUIDANCE)
+        check_number("temperature", request.temperature, MAX_TEMPERATURE)
+        check_number("tau", request.tau, MAX_TEMPERATURE)
         text_ids = self.model.vocabulary.n_text
         for name, value in (("prompt", request.prompt), ("seeds", request.seeds)):
             if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
@@ -214,15 +212,16 @@ class GenerationEngine:
             run_step(self.model, self.slots, plan_step(self.slots, [d for *_, d in self._drawing]))
         except FAILURES:
             self._step_apart()
-        going = []
+        going, done = [], []
         for job, index, drawing in self._drawing:
             moved = replace(drawing, done=drawing.done + 1)
             if moved.done < len(moved.steps):
                 going.append((job, index, moved))
             else:
-                self._finish(job, index, self.slots.codes(drawing.slot))
+                done.append((job, index, self.slots.codes(drawing.slot)))
                 self._free.append(drawing.slot)
         self._drawing = going
+        self._finish(done)
         if self.on_step is not None:
             self.on_step()
 
@@ -244,10 +243,14 @@ class GenerationEngine:
         job.taken = len(job.request.seeds)
         self._queue = deque(waiting for waiting in self._queue if waiting is not job)
 
-    def _finish(self, job: _Job, index: int, codes: Tensor) -> None:
-        # One at a time: convolutions over several images may take another path, and their bits with it.
-        pixels = to_uint8(self.codec.decode(codes[None]))[0]
-        self._finished.append(Face(job.request, index, codes.cpu(), pixels.cpu()))
+    def _finish(self, done: list[tuple[_Job, int, Tensor]]) -> None:
+        """Decode the codes of finished images, all together."""
+        if not done:
+            return
+        codes = torch.stack([codes for *_, codes in done])
+        pixels = to_uint8(self.codec.decode(codes)).cpu()
+        for (job, index, _), own, face in zip(done, codes.cpu(), pixels, strict=True):
+            self._finished.append(Face(job.request, index, own, face))
 
     def _admit(self) -> None:
         """Give free slots to waiting images, in order."""

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from unif2ace.generation.prefix import invariant_rows
 from unif2ace.model.transformer import Tokenwise, UniF2ace
+from unif2ace.ops.linear import INVARIANT_ROWS
 
 
 class FirstLayer:
@@ -24,13 +24,19 @@ class FirstLayer:
         config = model.config
         self.heads = config.num_heads, config.head_dim
         self.kept = model.head.weight.new_zeros(halves, config.image_rows, 4, config.hidden_size)
-        self.min_rows = invariant_rows(config)
+        self.min_rows = INVARIANT_ROWS if self.kept.element_size() == 2 else 0
 
-    def update(self, model: UniF2ace, tokens: Tensor, places: Tensor, positions: Tensor, rows: Tensor) -> None:
-        """Rows whose token is new, all [R] int64: ids, places in their image, positions, half * image rows + place."""
+    def update(
+        self, model: UniF2ace, tokens: Tensor, places: Tensor, positions: Tensor, rows: Tensor, *, few: bool
+    ) -> None:
+        """Rows whose token is new, all [R] int64: ids, places in their image, positions, half * image rows + place.
+
+        few: of an image that is under way (`UniF2ace.start_image_rows`).
+        """
         count = len(rows)
         padding = (0, max(0, self.min_rows - count))
-        new = model.start_image_rows(*(functional.pad(values, padding) for values in (tokens, places, positions)))
+        padded = (functional.pad(values, padding) for values in (tokens, places, positions))
+        new = model.start_image_rows(*padded, few=few)
         parts = [new.x, *(part.flatten(1) for part in (new.query, new.key, new.value))]
         self.kept.flatten(0, 1).index_copy_(0, rows, torch.stack([part[:count] for part in parts], dim=1))
 

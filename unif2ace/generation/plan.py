@@ -41,6 +41,7 @@ class StepPlan:
     halves: slice | Tensor  # rows of the cache, one for each sequence: a range or [S]
     mask_ratio: Tensor  # [D] different ones
     ratio_of_image: Tensor  # [S] in 0 .. D - 1
+    fresh: int  # so many of the C rows belong to images that have not passed before: the first ones
     changed: Tensor  # [C] into Slots.order: rows whose token is new since the last pass, and for row 0 of their image
     changed_token: Tensor  # [C] its place in Slots.tokens,
     changed_position: Tensor  # [C] its position in the sequence and
@@ -70,8 +71,6 @@ def plan_step(slots: Slots, drawings: Sequence[Drawing]) -> StepPlan:
     passing = [(d, row, prefix.text[0].shape[1]) for d in drawings if d.done for row, prefix in d.halves(slots.count)]
     passing.sort(key=lambda half: half[1])  # if all slots pass, their rows of the cache are a range
     sequences = [SequenceLayout("generation", 0, rows, cached=text, cache_row=row) for _, row, text in passing]
-    added = max(0, slots.min_sequences - len(sequences)) if sequences else 0
-    sequences += [SequenceLayout("generation", 0, rows, cache_row=2 * slots.count + i) for i in range(added)]
 
     # Where the hidden rows of each half (by its row of the cache) begin in the table.
     begin, shared, size = {}, {}, 0
@@ -89,16 +88,16 @@ def plan_step(slots: Slots, drawings: Sequence[Drawing]) -> StepPlan:
     kept = list(accumulate(keep, initial=0))  # by the images before
     offsets = list(accumulate(unknown, initial=0))
     wanted = [d.step.unknown for d, *_ in passing]
-    changed = [d.changed(rows) for d, *_ in passing]
-    num_changed = [last - first for first, last in changed]
     different = list(dict.fromkeys(wanted))
+    changing = sorted(passing, key=lambda half: not half[0].is_fresh)
+    first_changed, num_changed = zip(*(d.changed(rows) for d, *_ in changing), strict=True) if changing else ((), ())
     host = {
         "changed": ranges(
-            [d.slot * rows + first for (d, *_), (first, _) in zip(passing, changed, strict=True)], num_changed
+            [d.slot * rows + at for (d, *_), at in zip(changing, first_changed, strict=True)], num_changed
         ),
-        "changed_token": _repeat([d.slot * rows for d, *_ in passing], num_changed),
-        "changed_position": _repeat([text for *_, text in passing], num_changed),
-        "changed_row": _repeat([row * rows for _, row, _ in passing], num_changed),
+        "changed_token": _repeat([d.slot * rows for d, *_ in changing], num_changed),
+        "changed_position": _repeat([text for *_, text in changing], num_changed),
+        "changed_row": _repeat([row * rows for _, row, _ in changing], num_changed),
         "wanted": ranges([d.slot * rows for d, *_ in passing], wanted),
         "wanted_row": _repeat([i * rows for i in range(len(passing))], wanted),
         "cond": ranges([begin[d.slot] for d in drawings], unknown),
@@ -112,13 +111,14 @@ def plan_step(slots: Slots, drawings: Sequence[Drawing]) -> StepPlan:
         "number": torch.tensor([d.done for d in drawings]),
         "keep": torch.tensor(keep),
         "offsets": torch.tensor(offsets),
-        "ratio_of_image": torch.tensor([different.index(n) for n in wanted] + [0] * added, dtype=torch.int64),
+        "ratio_of_image": torch.tensor([different.index(n) for n in wanted], dtype=torch.int64),
     }
     device = slots.tokens.device
     moved = torch.cat(list(host.values())).to(device, non_blocking=True).split([len(x) for x in host.values()])
     edges = [i for i, d in enumerate(drawings) if not i or _sampling(d) != _sampling(drawings[i - 1])]
     return StepPlan(
         layout=slots.layout(sequences) if sequences else None,
+        fresh=rows * sum(d.is_fresh for d, *_ in passing),
         halves=_range_or_indices([sequence.cache_row for sequence in sequences], device),
         mask_ratio=torch.tensor([n / (rows - 2) for n in different], dtype=torch.float32).to(device, non_blocking=True),
         prefixes=tuple(hidden for _, hidden in shared.values()),
@@ -142,7 +142,7 @@ def _range_or_indices(values: list[int], device: torch.device) -> slice | Tensor
     return torch.tensor(values).to(device, non_blocking=True)
 
 
-def _repeat(values: list[int], counts: list[int]) -> Tensor:
+def _repeat(values: Sequence[int], counts: Sequence[int]) -> Tensor:
     """values[i] counts[i] times, [sum of counts] int64."""
     times = torch.tensor(counts, dtype=torch.int64)
     return torch.tensor(values, dtype=torch.int64).repeat_interleave(times, output_size=sum(counts))

@@ -16,10 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from unif2ace.config import TASKS, UniF2aceConfig
 from unif2ace.model.transformer import UniF2ace
-from unif2ace.ops.experts import invariant_tokens
-from unif2ace.ops.linear import INVARIANT_ROWS
 from unif2ace.vocabulary import pack_generation
 
 
@@ -30,12 +27,6 @@ class Prefix(NamedTuple):
     hidden: Tensor
 
 
-def invariant_rows(config: UniF2aceConfig) -> int:
-    """Rows a pass must have for a row's bits not to depend on the others."""
-    moe = config.token_moe
-    return max(INVARIANT_ROWS, 0 if moe is None else invariant_tokens(len(TASKS) * moe.num_experts, moe.top_k))
-
-
 @torch.no_grad()
 def run_prefixes(model: UniF2ace, prompts: Sequence[Sequence[int]], codes: Sequence[Tensor]) -> list[Prefix]:
     """The prefix of every pair of a prompt (text ids) and codes [N] on the host, `mask_code` where unknown.
@@ -44,10 +35,6 @@ def run_prefixes(model: UniF2ace, prompts: Sequence[Sequence[int]], codes: Seque
     """
     vocabulary, config, device = model.vocabulary, model.config, model.head.weight.device
     size, texts, images = config.num_image_tokens, [list(prompt) for prompt in prompts], list(codes)
-    rows = sum(len(text) + 3 + config.image_rows for text in texts)
-    for _ in range(-(-max(0, invariant_rows(config) - rows) // (3 + config.image_rows))):  # too few: empty prompts too
-        texts.append([])
-        images.append(torch.full((size,), vocabulary.mask_code))
     batch = pack_generation(vocabulary, texts, torch.stack(images))
     unknown = [(image == vocabulary.mask_code).nonzero()[:, 0] for image in images]
     counts = [len(positions) for positions in unknown]

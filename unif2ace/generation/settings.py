@@ -47,6 +47,12 @@ class GenerationConfig:
         """The same settings with every value of `changes` that is not None, checked."""
         return dataclasses.replace(self, **{name: value for name, value in changes.items() if value is not None})
 
+    def override_drawing(self, steps: object, guidance: object, temperature: object) -> GenerationConfig:
+        """The same, for options and columns of tables, where `guidance_scale` is `guidance`: errors name that."""
+        if guidance is not None:
+            check_number("guidance", guidance, MAX_GUIDANCE)
+        return self.override(steps=steps, guidance_scale=guidance, temperature=temperature)
+
 
 def check_number(name: str, value: object, high: float) -> float:
     """`value` as a float from 0 to `high`, or a `UserError`."""

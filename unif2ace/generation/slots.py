@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from unif2ace.generation.first_layer import FirstLayer
-from unif2ace.generation.prefix import Prefix, invariant_rows
+from unif2ace.generation.prefix import Prefix
 from unif2ace.generation.schedule import Step
 from unif2ace.generation.settings import to_signed
 from unif2ace.layout import Layout, SequenceLayout
@@ -37,32 +37,36 @@ class Drawing:
         both = [(self.slot, self.cond), (count + self.slot, self.uncond)]
         return [(row, prefix) for row, prefix in both if prefix is not None]
 
+    @property
+    def is_fresh(self) -> bool:
+        """Is its next pass its first one? (The first step takes the hidden rows of a prefix.)"""
+        return self.done == 1
+
     def changed(self, rows: int) -> tuple[int, int]:
-        """First and last place, in the order of this image's `rows` rows, whose token is new since its last pass."""
-        return (0, rows) if self.done == 1 else (self.step.unknown, self.steps[self.done - 1].unknown)
+        """Rows whose token is new since the last pass: the first one in the order of this image's `rows`, how many."""
+        if self.is_fresh:
+            return 0, rows
+        return self.step.unknown, self.steps[self.done - 1].unknown - self.step.unknown
 
 
 class Slots:
     """Memory for up to `count` images being drawn, on the device of the model.
 
-    `tokens` [count + 1, N + 2]: ids of the image rows; the last image is all unknown, for sequences that are added.
-    `order` [count * (N + 2)]: for each slot its image rows 0 .. N + 1, those of unknown tokens first and ascending. The
-    cache, of the texts, and `first_layer`, of the images, have a row for the conditional half of each slot, one for its
-    unconditional half (from row `count` on), and spare ones for sequences that are added.
+    `tokens` [count, N + 2]: ids of the image rows. `order` [count * (N + 2)]: for each slot its image rows 0 .. N + 1,
+    those of unknown tokens first and ascending. The cache, of the texts, and `first_layer`, of the images, have a row
+    for the conditional half of each slot and, from row `count` on, one for the unconditional half of each.
     """
 
     def __init__(self, model: UniF2ace, count: int, max_prompt_tokens: int) -> None:
         vocabulary, device, rows = model.vocabulary, model.head.weight.device, model.config.image_rows
         self.count, self.rows = count, rows
-        self.min_sequences = -(-invariant_rows(model.config) // rows)
         self.code_start, self.mask = vocabulary.code_start, vocabulary.mask
-        self.tokens = torch.full((count + 1, rows), vocabulary.mask, device=device)
+        self.tokens = torch.full((count, rows), vocabulary.mask, device=device)
         self.tokens[:, 0], self.tokens[:, -1] = vocabulary.control("soi"), vocabulary.control("eoi")
         self.order = torch.zeros(count * rows, dtype=torch.int64, device=device)
         self.seeds = torch.zeros(count, dtype=torch.int64, device=device)
-        halves = 2 * count + self.min_sequences - 1
-        self.cache = model.new_cache(halves, max_prompt_tokens + 3)
-        self.first_layer = FirstLayer(model, halves)
+        self.cache = model.new_cache(2 * count, max_prompt_tokens + 3)
+        self.first_layer = FirstLayer(model, 2 * count)
         self._layout = Layout([], device)
 
     def start(self, drawing: Drawing, seed: int, codes: Tensor) -> None:

@@ -37,9 +37,9 @@ class ImageLinear(Linear):
 def invariant_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, product: Callable[..., Tensor] = linear
 ) -> Tensor:
-    """`linear` or `linear_gelu` with at least `INVARIANT_ROWS` rows: zeros are added, and their results dropped."""
+    """`linear` or `linear_gelu`, in 16 bits of at least `INVARIANT_ROWS` rows: zeros are added, and dropped again."""
     rows = x.reshape(-1, x.shape[-1])
-    missing = max(0, INVARIANT_ROWS - len(rows))
+    missing = max(0, INVARIANT_ROWS - len(rows)) if x.element_size() == 2 else 0
     if not missing:
         return product(x, weight, bias)
     padded = product(functional.pad(rows, (0, 0, 0, missing)), weight, bias)

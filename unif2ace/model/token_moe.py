@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from unif2ace.config import TASKS, TokenMoEConfig
 from unif2ace.errors import UserError
 from unif2ace.layout import Layout
-from unif2ace.model.linear import Linear, invariant_linear
-from unif2ace.ops import RoutingPlan, expert_mlp, route
+from unif2ace.model.linear import Linear
+from unif2ace.ops import RoutingPlan, expert_mlp, linear, route
 
 
 class FeedForward(nn.Module):
@@ -46,7 +46,7 @@ def router_logits(h: Tensor, weight: Tensor) -> Tensor:
     """h [T, H], weight [E, H] -> [T, E], in at least fp32: top-k must not hang on the model's rounding."""
     dtype = torch.promote_types(h.dtype, torch.float32)
     with torch.autocast(h.device.type, enabled=False):  # mixed precision would round the logits again
-        return invariant_linear(h.to(dtype), weight.to(dtype))
+        return linear(h.to(dtype), weight.to(dtype))
 
 
 class TokenMoE(nn.Module):
@@ -72,7 +72,9 @@ class TokenMoE(nn.Module):
             token_group=layout.token_group,
             group_bounds=self.group_bounds,
         )
-        routed = expert_mlp(h, plan, self.up_proj, self.down_proj, self.up_bias, self.down_bias, activation="gelu_tanh")
+        matrices = self.up_proj, self.down_proj, self.up_bias, self.down_bias
+        # Text being decoded has few rows, images many: by kind, not by number, so that a row's bits do not follow it.
+        routed = expert_mlp(h, plan, *matrices, activation="gelu_tanh", few=layout.continues_text)
         # Rows of one task are consecutive, so the shared experts are plain dense FFNs over slices: no gather.
         shared = [self.shared[group](h[start:end]) for start, end, group in layout.segments]
         return routed + (shared[0] if len(shared) == 1 else torch.cat(shared)), plan

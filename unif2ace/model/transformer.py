@@ -266,19 +266,20 @@ class UniF2ace(nn.Module):
         memories = self._memories(layout, mask_ratio, ratio_of_image, features, sequence_memory)
         return self._run_layers(x, layout, memories, cache, rows)
 
-    def start_image_rows(self, token_ids: Tensor, image_rows: Tensor, positions: Tensor) -> Tokenwise:
+    def start_image_rows(self, token_ids: Tensor, image_rows: Tensor, positions: Tensor, *, few: bool) -> Tokenwise:
         """The token-wise part of the first layer for rows of images being generated.
 
         A row's part depends on its token, its place in the image and its position in the sequence alone, so whoever
         keeps it computes it again only where a token has changed, and gives it to `resume`.
-        Args: all [R] int64; `image_rows` in 0 .. N + 1, soi to eoi, `positions` as `Layout.positions` counts them.
+        Args: all [R] int64; `image_rows` in 0 .. N + 1, soi to eoi, `positions` as `Layout.positions` counts them. few:
+        multiply as in decoding steps (`expert_mlp`); a row's bits depend on it, but not on how many there are.
         """
         config = self.config
         x = self.embedding(token_ids)
         if self.image_positions is not None:
             x = x + self.image_positions.index_select(0, image_rows)
         rotary = rotary_angles(positions, config.rotary_dim, config.rotary_theta, x.dtype)
-        layout = Layout([SequenceLayout("generation", len(x), 0)], x.device)  # so many rows of one task
+        layout = Layout([SequenceLayout("generation", len(x), 0, cached=int(few))], x.device)  # so many rows of a task
         return self.layers[0].tokenwise(x, layout, rotary)
 
     def resume(

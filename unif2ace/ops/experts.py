@@ -27,25 +27,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from unif2ace.errors import UserError
 from unif2ace.ops import _registry
 from unif2ace.ops._checks import as_int32, describe, expect
+from unif2ace.ops._expert_rows import ACTIVATIONS, GATED, Gather, activate, combine, grouped_linear
 from unif2ace.ops.routing import RoutingPlan
-
-ACTIVATIONS = ("gelu_tanh", "gelu", "silu", "relu2", "swiglu", "geglu")
-GATED = ("swiglu", "geglu")
-
-
-def invariant_tokens(num_experts: int, top_k: int) -> int:
-    """From how many tokens on a token's result has the same bits whatever tokens stand beside it.
-
-    Back end `native` on a CPU: with fewer than this many its products are dot products, which sum in another order
-    (`is_few` in csrc/cpu/experts_few.cpp). The reference multiplies the rows of each expert by themselves, few or many,
-    and keeps no such promise.
-    """
-    return 16 * num_experts // top_k + 1
 
 
 def grouped_gemm(
@@ -103,6 +90,7 @@ def expert_mlp(
     b_down: Tensor | None = None,
     *,
     activation: str = "gelu_tanh",
+    few: bool | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Send every token through its K experts and add the results up with its routing weights.
@@ -115,6 +103,9 @@ def expert_mlp(
         b_up: [E, I] (gated [E, 2 * I]) or None.
         b_down: [E, H] or None.
         activation: one of `ACTIVATIONS`.
+        few: by `native` on a CPU, few and many tokens take products that sum in different orders. None lets their
+            number decide which; True and False choose, and then a token has the same bits in any number of them: True
+            where there are mostly a few per expert (decoding), False where there are many.
         backend: see `unif2ace.ops.use_backend`.
 
     Returns:
@@ -134,8 +125,8 @@ def expert_mlp(
         return reference_expert_mlp(*arguments)[0]
     try:
         if not _registry.needs_grad(*arguments):  # inference does not write the pre-activation
-            return _registry.registered(name, "expert_mlp")(*arguments, False)[0]
-        return _ExpertMlp.apply(name, *arguments)
+            return _registry.registered(name, "expert_mlp")(*arguments, False, few)[0]
+        return _ExpertMlp.apply(name, few, *arguments)
     except RuntimeError as error:
         raise _registry.as_user_error(error, "expert_mlp") from None
 
@@ -145,7 +136,7 @@ def expert_mlp(
 
 def reference_grouped_gemm(a: Tensor, b: Tensor, offsets: Tensor, bias: Tensor | None, gather: Tensor | None) -> Tensor:
     """The definition of `grouped_gemm`, differentiable."""
-    return _grouped_linear(a if gather is None else a[gather.long()], b, offsets, bias)
+    return grouped_linear(a if gather is None else a[gather.long()], b, offsets, bias)
 
 
 def reference_expert_mlp(
@@ -163,76 +154,10 @@ def reference_expert_mlp(
     """The definition of `expert_mlp`, differentiable: (y [T, H], pre-activation [M, I or 2I])."""
     top_k = weights.shape[1]
     order, position = order.long(), position.long()
-    rows = _Gather.apply(x, order, position, top_k)
-    pre = _grouped_linear(rows, w_up, offsets, b_up)
-    down = _grouped_linear(activate(pre, activation), w_down, offsets, b_down)
+    rows = Gather.apply(x, order, position, top_k)
+    pre = grouped_linear(rows, w_up, offsets, b_up)
+    down = grouped_linear(activate(pre, activation), w_down, offsets, b_down)
     return combine(down, weights, order, position).to(x.dtype), pre
-
-
-def combine(rows: Tensor, weights: Tensor, order: Tensor, position: Tensor) -> Tensor:
-    """[M, H] results sorted by expert -> [T, H], differentiable: the weighted sum of a token's rows in the order of k.
-
-    `weights` [T, K], `order` and `position` are those of the `RoutingPlan`. The result has the wider dtype of rows and
-    weights, so float32 at least.
-    """
-    tokens, top_k = weights.shape
-    slots = _Gather.apply(rows, position.long(), order.long(), 1).view(tokens, top_k, rows.shape[1]).unbind(1)
-    dtype = torch.promote_types(weights.dtype, rows.dtype)
-    total = torch.zeros_like(slots[0], dtype=dtype)
-    for weight, slot in zip(weights.to(dtype).split(1, dim=1), slots, strict=True):  # fixed order, one pass per choice
-        total = torch.addcmul(total, weight, slot.to(dtype))
-    return total
-
-
-def activate(pre: Tensor, activation: str) -> Tensor:
-    """[.., I] -> [.., I], gated [.., 2I] -> [.., I]."""
-    if activation in GATED:
-        gate, up = pre.chunk(2, dim=-1)
-        return (F.silu(gate) if activation == "swiglu" else F.gelu(gate)) * up
-    if activation == "gelu_tanh":
-        return F.gelu(pre, approximate="tanh")
-    if activation == "relu2":
-        return F.relu(pre).square()
-    return F.gelu(pre) if activation == "gelu" else F.silu(pre)
-
-
-def _grouped_linear(a: Tensor, b: Tensor, offsets: Tensor, bias: Tensor | None) -> Tensor:
-    """[M, K] sorted rows -> [M, N], one GEMM per expert that has rows, zeros beyond the last offset."""
-    sizes = offsets.diff().tolist()
-    rest = a.shape[0] - sum(sizes)
-    if sum(sizes) == 0:
-        sizes[0], busy = 0, [0]  # one GEMM of no rows ties the result to b, so that b gets its zero gradient
-    else:
-        busy = [e for e, size in enumerate(sizes) if size]
-    # split and unbind cost one concatenation in backward; indexing b[e] would cost a full-size zero tensor per expert
-    rows = a.split([*(sizes[e] for e in busy), rest])
-    matrices = b.unbind(0)
-    biases = [None] * len(matrices) if bias is None else bias.unbind(0)
-    pieces = [F.linear(piece, matrices[e], biases[e]) for e, piece in zip(busy, rows, strict=False)]
-    if rest:
-        pieces.append(pieces[0].new_zeros(rest, b.shape[1]))
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-
-
-class _Gather(torch.autograd.Function):
-    """rows[m] = x[index[m] // repeat] for a permutation `index` with known inverse.
-
-    Knowing the inverse, backward is a gather and a sum too, where autograd would scatter-add.
-    """
-
-    @staticmethod
-    def forward(ctx, x, index, inverse, repeat):
-        ctx.save_for_backward(index, inverse)
-        ctx.repeat = repeat
-        return x.index_select(0, index if repeat == 1 else index // repeat)
-
-    @staticmethod
-    def backward(ctx, grad):
-        index, inverse = ctx.saved_tensors
-        rows = _Gather.apply(grad, inverse, index, 1)
-        if ctx.repeat > 1:
-            rows = rows.view(rows.shape[0] // ctx.repeat, ctx.repeat, rows.shape[1]).sum(1)
-        return rows, None, None, None
 
 
 # ---------------------------------------------------------------------------------------------- registration, autograd
@@ -261,11 +186,11 @@ def _grouped_gemm_backward_reference(grad, a, b, offsets, bias, gather):
     return tuple(g.contiguous() for g in grads) + (() if bias is not None else (a.new_empty(0),))
 
 
-def _expert_mlp_fake(x, weights, offsets, order, position, w_up, w_down, b_up, b_down, activation, save):
+def _expert_mlp_fake(x, weights, offsets, order, position, w_up, w_down, b_up, b_down, activation, save, few):
     return x.new_empty(x.shape), x.new_empty(order.shape[0] if save else 0, w_up.shape[1])
 
 
-def _expert_mlp_registered(x, weights, offsets, order, position, w_up, w_down, b_up, b_down, activation, save):
+def _expert_mlp_registered(x, weights, offsets, order, position, w_up, w_down, b_up, b_down, activation, save, few):
     y, pre = reference_expert_mlp(x, weights, offsets, order, position, w_up, w_down, b_up, b_down, activation)
     return y.contiguous(), pre if save else pre.new_empty(0, pre.shape[1])
 
@@ -307,7 +232,7 @@ _registry.define(
     "experts",
     "expert_mlp",
     "(Tensor x, Tensor weights, Tensor offsets, Tensor order, Tensor position, Tensor w_up, Tensor w_down,"
-    " Tensor? b_up, Tensor? b_down, str activation, bool save) -> (Tensor y, Tensor pre)",
+    " Tensor? b_up, Tensor? b_down, str activation, bool save, bool? few) -> (Tensor y, Tensor pre)",
     _expert_mlp_fake,
     _expert_mlp_registered,
 )
@@ -339,9 +264,9 @@ class _GroupedGemm(torch.autograd.Function):
 
 class _ExpertMlp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, backend, x, weights, offsets, order, position, w_up, w_down, b_up, b_down, activation):
+    def forward(ctx, backend, few, x, weights, offsets, order, position, w_up, w_down, b_up, b_down, activation):
         y, pre = _registry.registered(backend, "expert_mlp")(
-            x, weights, offsets, order, position, w_up, w_down, b_up, b_down, activation, True
+            x, weights, offsets, order, position, w_up, w_down, b_up, b_down, activation, True, few
         )
         ctx.save_for_backward(x, pre, weights, offsets, order, position, w_up, w_down, b_up, b_down)
         ctx.backend, ctx.activation = backend, activation
@@ -355,7 +280,7 @@ class _ExpertMlp(torch.autograd.Function):
         grad_x, grad_weights, grad_w_up, grad_w_down, grad_b_up, grad_b_down = found
         grad_b_up = None if b_up is None else grad_b_up
         grad_b_down = None if b_down is None else grad_b_down
-        return None, grad_x, grad_weights, None, None, None, grad_w_up, grad_w_down, grad_b_up, grad_b_down, None
+        return None, None, grad_x, grad_weights, None, None, None, grad_w_up, grad_w_down, grad_b_up, grad_b_down, None
 
 
 # ------------------------------------------------------------------------------------------------------------- checks

@@ -2,12 +2,13 @@
 
 No kernel of ours can beat a library here; the op exists because the library matters. The reference is
 `torch.nn.functional.linear`. On CPUs that sends float32 products to MKL, which on AMD processors runs at half the rate
-of oneDNN (csrc/cpu/gemm.h has the measurement); back end `native` calls oneDNN for them, forward and backward, from 16
-rows on, and PyTorch's own choice for the rest. On a GPU `auto` runs the reference, which is cuBLAS: no fallback.
+of oneDNN (csrc/cpu/gemm.h has the measurement); back end `native` calls oneDNN for them, forward and backward, and
+PyTorch's own choice for 16 bits. On a GPU `auto` runs the reference, which is cuBLAS: no fallback.
 
 Which bits: on a CPU, by `native`, a row's result does not depend on how many rows stand beside it, on its place among
-them, nor on the number of threads, as long as there are `INVARIANT_ROWS` of them: few rows sum in another order. MKL
-(the reference) keeps that promise only while every thread has some eight rows; cuBLAS picks a kernel by the shape.
+them, nor on the number of threads: in float32 for any number of rows, in bfloat16 from `INVARIANT_ROWS` on (fewer may
+sum in another order). MKL (the reference) keeps that promise only while every thread has some eight rows; cuBLAS picks
+a kernel by the shape.
 
 Cost: 2 M N K FLOPs, backward twice that.
 """
@@ -22,7 +23,7 @@ from unif2ace.errors import UserError
 from unif2ace.ops import _registry
 from unif2ace.ops._checks import describe, dtype_name
 
-INVARIANT_ROWS = 16  # tests/ops/test_linear.py: from here on bits are equal for any number of rows and threads
+INVARIANT_ROWS = 16  # tests/ops/test_linear.py: from here on bfloat16 has equal bits for any number of rows, threads
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str | None = None) -> Tensor:

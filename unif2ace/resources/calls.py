@@ -140,8 +140,8 @@ def _experts() -> Iterator[Call]:
             biases = _meta(experts, up_rows, dtype=dtype), _meta(experts, hidden, dtype=dtype)
             plan = (x, weights, offsets, index, index, w_up, w_down)
             label = f"{load}, {activation}"
-            yield Call(f"{label}, saved", "expert_mlp", (*plan, *biases, activation, True))
-            yield Call(label, "expert_mlp", (*plan, None, None, activation, False))
+            yield Call(f"{label}, saved", "expert_mlp", (*plan, *biases, activation, True, None))
+            yield Call(label, "expert_mlp", (*plan, None, None, activation, False, None))
             if load in ("training", "decoding"):  # the backward knows many rows and few
                 saved = (x, x, _meta(slots, up_rows, dtype=dtype), *plan[1:])  # gradient of y, x, pre-activation, ..
                 yield Call(label, "expert_mlp_backward", (*saved, *biases, activation))
@@ -171,7 +171,7 @@ def _tuned_experts() -> Iterator[Call]:
         w_down = _meta(experts, hidden, inner, dtype=dtype)
         activation = "swiglu" if key.parts == 2 else "gelu_tanh"
         for save in (False, True):
-            yield Call(f"measured {tuple(key)}", "expert_mlp", (*plan, w_down, None, None, activation, save))
+            yield Call(f"measured {tuple(key)}", "expert_mlp", (*plan, w_down, None, None, activation, save, None))
 
 
 CALLS: dict[str, Callable[[], Iterator[Call]]] = {
