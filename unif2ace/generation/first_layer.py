@@ -23,7 +23,7 @@ class FirstLayer:
     def __init__(self, model: UniF2ace, halves: int) -> None:
         config = model.config
         self.heads = config.num_heads, config.head_dim
-        self.kept = model.head.weight.new_zeros(halves, config.image_rows, 4, config.hidden_size)
+        self.kept = model.head.weight.new_empty(halves, config.image_rows, 4, config.hidden_size)
         self.min_rows = INVARIANT_ROWS if self.kept.element_size() == 2 else 0
 
     def update(

@@ -44,8 +44,8 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.keys = torch.zeros(num_layers, batch, max_length, heads, head_dim, dtype=dtype, device=device)
-        self.values = torch.zeros_like(self.keys)
+        self.keys = torch.empty(num_layers, batch, max_length, heads, head_dim, dtype=dtype, device=device)
+        self.values = torch.empty_like(self.keys)
         self.lengths = [0] * batch
         self.max_length = max_length
 
