@@ -79,8 +79,8 @@ def engine_flops(config: UniF2aceConfig, prompts: list[list[int]], steps: int) -
     plan = schedule_steps(config.num_image_tokens, steps)
     sequences = 2 * len(prompts) * (len(plan) - 1) + len(set(map(tuple, prompts))) + 1
     products = sequences * config.image_rows * config.num_layers * layer
-    if len(plan) > 1:  # the first layer: all rows in the first pass, those of new tokens in the others
-        skipped = (len(plan) - 2) * config.image_rows - (plan[1].unknown - plan[-1].unknown)
+    if len(plan) > 1:  # the first layer: only rows whose token is new since the last pass
+        skipped = (len(plan) - 1) * config.image_rows - (plan[0].unknown - plan[-1].unknown)
         products -= 2 * len(prompts) * skipped * tokenwise
     if sequence is not None and "noise" in sequence.generation_experts:  # once a step: all images have one mask ratio
         products += len(plan) * config.image_rows * config.num_layers * sequence.resampler_width * hidden

@@ -64,8 +64,7 @@ class Half:
         ids, positions = batch.token_ids, batch.layout.positions
         rows = (ids != self.seen).nonzero()[:, 0]
         places = rows % self.model.config.image_rows
-        fresh = bool((self.seen < 0).any())
-        self.layer.update(self.model, ids[rows], places, positions[rows], rows, few=not fresh)
+        self.layer.update(self.model, ids[rows], places, positions[rows], rows)
         self.seen = ids
         return self.layer.read(slice(None))
 

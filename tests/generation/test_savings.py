@@ -57,27 +57,21 @@ def test_known_tokens_stay_and_the_rest_is_that_of_the_plain_loop(parts):
 def test_what_images_and_steps_share_is_run_once(parts, monkeypatch):
     """Three variations of one prompt: its text and first step once, guidance's first step once, and then two passes.
 
-    The token-wise part of the first layer runs for all rows before the first of them, then for the tokens drawn. The
-    noise expert runs once for all images of a pass, here of one mask ratio.
+    The token-wise part of the first layer runs for the tokens drawn since the last pass. The noise expert runs once for
+    all images of a pass, here of one mask ratio.
     """
     model, passes, started, ratios = type(parts.model), [], [], []
-    forward, resume, start = model.forward, model.resume, model.start_image_rows
-
-    def counted_forward(self, batch, **options):
-        passes.append((batch.layout.num_rows, len(options["rows"])))
-        ratios.append(options["mask_ratio"].tolist())
-        return forward(self, batch, **options)
+    resume, start = model.resume, model.start_image_rows
 
     def counted_resume(self, first, layout, **options):
         passes.append((layout.num_rows, len(options["rows"])))
         ratios.append(options["mask_ratio"].tolist())
         return resume(self, first, layout, **options)
 
-    def counted_start(self, tokens, *rest, few):
+    def counted_start(self, tokens, *rest):
         started.append(len(tokens))
-        return start(self, tokens, *rest, few=few)
+        return start(self, tokens, *rest)
 
-    monkeypatch.setattr(model, "forward", counted_forward)
     monkeypatch.setattr(model, "resume", counted_resume)
     monkeypatch.setattr(model, "start_image_rows", counted_start)
     size, image = parts.model.config.num_image_tokens, parts.model.config.image_rows
@@ -87,7 +81,7 @@ def test_what_images_and_steps_share_is_run_once(parts, monkeypatch):
     unknown = [13, 8]  # floor(16 cos(pi k / 6)), k = 1, 2
     assert passes == [(6 + image + 3 + image, 2 * size), *((6 * image, 6 * count) for count in unknown)]
     assert ratios == [[1.0], [13 / 16], [8 / 16]]
-    assert started == [6 * image, 6 * (13 - 8)]
+    assert started == [6 * (size - 13), 6 * (13 - 8)]
     passes.clear()
     list(engine.stream([Request([5, 6, 7], [4], steps=1)]))
     assert passes == []  # a known prompt and one step: no pass at all

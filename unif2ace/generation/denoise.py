@@ -4,7 +4,7 @@ The codes are those of plain.py; the work is less, by savings that are exact:
 
     text               keys and values computed once per prompt, the empty prompt's once per model        prefix.py
     step 0             computed once per prompt, without guidance's half: that one is a constant          prefix.py
-    first layer        its token-wise part once per token, not per step                                   first_layer.py
+    first layer        its token-wise part once per token drawn, not per step                       first_layer.py
     noise expert       what it adds, a function of the mask ratio, once per different ratio       model/sequence_moe.py
     guidance           folded before the head, which is linear: z = W [(1 + w) h_c - w h_u] + b           head_sample
     head, last norm    on rows of unknown tokens only, two thirds of them on average
@@ -42,10 +42,7 @@ def run_step(model: UniF2ace, slots: Slots, plan: StepPlan) -> None:
     if plan.layout is not None:
         row = slots.order[plan.changed]
         tokens = slots.tokens.view(-1)[plan.changed_token + row]
-        changed = tokens, row, plan.changed_position + row, plan.changed_row + row
-        for part, few in ((slice(plan.fresh), False), (slice(plan.fresh, None), True)):
-            if len(row[part]):
-                slots.first_layer.update(model, *(values[part] for values in changed), few=few)
+        slots.first_layer.update(model, tokens, row, plan.changed_position + row, plan.changed_row + row)
         passed = model.resume(
             slots.first_layer.read(plan.halves),
             plan.layout,

@@ -41,8 +41,7 @@ class StepPlan:
     halves: slice | Tensor  # rows of the cache, one for each sequence: a range or [S]
     mask_ratio: Tensor  # [D] different ones
     ratio_of_image: Tensor  # [S] in 0 .. D - 1
-    fresh: int  # so many of the C rows belong to images that have not passed before: the first ones
-    changed: Tensor  # [C] into Slots.order: rows whose token is new since the last pass, and for row 0 of their image
+    changed: Tensor  # [C] into Slots.order: rows whose token the last step has drawn, and for row 0 of their image
     changed_token: Tensor  # [C] its place in Slots.tokens,
     changed_position: Tensor  # [C] its position in the sequence and
     changed_row: Tensor  # [C] its row in FirstLayer
@@ -89,15 +88,12 @@ def plan_step(slots: Slots, drawings: Sequence[Drawing]) -> StepPlan:
     offsets = list(accumulate(unknown, initial=0))
     wanted = [d.step.unknown for d, *_ in passing]
     different = list(dict.fromkeys(wanted))
-    changing = sorted(passing, key=lambda half: not half[0].is_fresh)
-    first_changed, num_changed = zip(*(d.changed(rows) for d, *_ in changing), strict=True) if changing else ((), ())
+    drawn = [d.drawn for d, *_ in passing]
     host = {
-        "changed": ranges(
-            [d.slot * rows + at for (d, *_), at in zip(changing, first_changed, strict=True)], num_changed
-        ),
-        "changed_token": _repeat([d.slot * rows for d, *_ in changing], num_changed),
-        "changed_position": _repeat([text for *_, text in changing], num_changed),
-        "changed_row": _repeat([row * rows for _, row, _ in changing], num_changed),
+        "changed": ranges([d.slot * rows + d.step.unknown for d, *_ in passing], drawn),
+        "changed_token": _repeat([d.slot * rows for d, *_ in passing], drawn),
+        "changed_position": _repeat([text for *_, text in passing], drawn),
+        "changed_row": _repeat([row * rows for _, row, _ in passing], drawn),
         "wanted": ranges([d.slot * rows for d, *_ in passing], wanted),
         "wanted_row": _repeat([i * rows for i in range(len(passing))], wanted),
         "cond": ranges([begin[d.slot] for d in drawings], unknown),
@@ -118,7 +114,6 @@ def plan_step(slots: Slots, drawings: Sequence[Drawing]) -> StepPlan:
     edges = [i for i, d in enumerate(drawings) if not i or _sampling(d) != _sampling(drawings[i - 1])]
     return StepPlan(
         layout=slots.layout(sequences) if sequences else None,
-        fresh=rows * sum(d.is_fresh for d, *_ in passing),
         halves=_range_or_indices([sequence.cache_row for sequence in sequences], device),
         mask_ratio=torch.tensor([n / (rows - 2) for n in different], dtype=torch.float32).to(device, non_blocking=True),
         prefixes=tuple(hidden for _, hidden in shared.values()),

@@ -3,7 +3,8 @@
 Text rows see only earlier text, so their keys and values are the same at every step, for every image of the prompt. And
 before step 0 all images of a prompt hold the same tokens (`mask`, but for what is kept): the hidden rows of that step
 are computed once for all of them. For the empty prompt of guidance that is once for all prompts, a constant of the
-model. So an image starts at its second pass through the transformer.
+model. So an image starts at its second pass through the transformer, and with what the first layer has computed of its
+rows (first_layer.py).
 
 Cost: text + N + 2 rows per prompt, once.
 """
@@ -16,15 +17,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from unif2ace.generation.first_layer import side_by_side
 from unif2ace.model.transformer import UniF2ace
 from unif2ace.vocabulary import pack_generation
 
 
 class Prefix(NamedTuple):
-    """`text`: keys and values [layers, text rows, heads, head_dim]. `hidden` [u0, H]: the unknown rows at step 0."""
+    """`text`: keys and values [layers, text rows, heads, head_dim]. `hidden` [u0, H]: the unknown rows at step 0.
+
+    `first` [N + 2, 4, H]: `side_by_side` of the image rows at step 0.
+    """
 
     text: tuple[Tensor, Tensor]
     hidden: Tensor
+    first: Tensor
 
 
 @torch.no_grad()
@@ -41,12 +47,16 @@ def run_prefixes(model: UniF2ace, prompts: Sequence[Sequence[int]], codes: Seque
     different = list(dict.fromkeys(counts))
     first = batch.layout.code_rows[::size].repeat_interleave(torch.tensor(counts))
     cache = model.new_cache(len(texts), max(map(len, texts)) + 3)
-    hidden = model(
-        batch.to(device),
+    batch = batch.to(device)
+    started = model.start(batch)
+    hidden = model.resume(
+        started,
+        batch.layout,
         mask_ratio=torch.tensor([max(1, count) / size for count in different], device=device),
         ratio_of_image=torch.tensor([different.index(count) for count in counts], device=device),
         cache=cache,
         rows=(first + torch.cat(unknown)).to(device),
     ).hidden
-    parts = hidden.split(counts)
-    return [Prefix(cache.read_row(row), parts[row].clone()) for row in range(len(prompts))]
+    of_images = side_by_side(started).index_select(0, batch.layout.image_rows).split(config.image_rows)
+    pairs = zip(hidden.split(counts), of_images, strict=True)
+    return [Prefix(cache.read_row(row), *(part.clone() for part in pair)) for row, pair in enumerate(pairs)]

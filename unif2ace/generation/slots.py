@@ -38,15 +38,9 @@ class Drawing:
         return [(row, prefix) for row, prefix in both if prefix is not None]
 
     @property
-    def is_fresh(self) -> bool:
-        """Is its next pass its first one? (The first step takes the hidden rows of a prefix.)"""
-        return self.done == 1
-
-    def changed(self, rows: int) -> tuple[int, int]:
-        """Rows whose token is new since the last pass: the first one in the order of this image's `rows`, how many."""
-        if self.is_fresh:
-            return 0, rows
-        return self.step.unknown, self.steps[self.done - 1].unknown - self.step.unknown
+    def drawn(self) -> int:
+        """How many tokens the last step has drawn."""
+        return self.steps[self.done - 1].unknown - self.step.unknown
 
 
 class Slots:
@@ -79,6 +73,7 @@ class Slots:
         self.seeds[slot] = to_signed(seed)
         for row, prefix in drawing.halves(self.count):
             self.cache.write_row(row, prefix.text)
+            self.first_layer.kept[row] = prefix.first
 
     def codes(self, slot: int) -> Tensor:
         """[N] int64 on the device, `mask_code` where unknown."""

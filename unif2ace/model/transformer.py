@@ -260,26 +260,39 @@ class UniF2ace(nn.Module):
         """
         layout = batch.layout
         self._check(layout, cache)
-        x = self.embedding(batch.token_ids)
-        if self.image_positions is not None and layout.image_length:
-            x = x.index_add(0, layout.image_rows, self.image_positions.repeat(sum(layout.num_images), 1))
+        x = self._embed(batch)
         memories = self._memories(layout, mask_ratio, ratio_of_image, features, sequence_memory)
         return self._run_layers(x, layout, memories, cache, rows)
 
-    def start_image_rows(self, token_ids: Tensor, image_rows: Tensor, positions: Tensor, *, few: bool) -> Tokenwise:
-        """The token-wise part of the first layer for rows of images being generated.
+    def _embed(self, batch: PackedBatch) -> Tensor:
+        x, layout = self.embedding(batch.token_ids), batch.layout
+        if self.image_positions is None or not layout.image_length:
+            return x
+        return x.index_add(0, layout.image_rows, self.image_positions.repeat(sum(layout.num_images), 1))
 
-        A row's part depends on its token, its place in the image and its position in the sequence alone, so whoever
-        keeps it computes it again only where a token has changed, and gives it to `resume`.
-        Args: all [R] int64; `image_rows` in 0 .. N + 1, soi to eoi, `positions` as `Layout.positions` counts them. few:
-        multiply as in decoding steps (`expert_mlp`); a row's bits depend on it, but not on how many there are.
+    def start(self, batch: PackedBatch) -> Tokenwise:
+        """The token-wise part of the first layer: `resume` from it gives what `forward` gives.
+
+        It depends on each row's token, place in its image and position alone, so whoever keeps it computes it again
+        only where a token has changed (`start_image_rows`).
+        """
+        x, config = self._embed(batch), self.config
+        rotary = batch.layout.rotary(config.rotary_dim, config.rotary_theta, x.dtype)
+        return self.layers[0].tokenwise(x, batch.layout, rotary)
+
+    def start_image_rows(self, token_ids: Tensor, image_rows: Tensor, positions: Tensor) -> Tokenwise:
+        """`start` for a few rows of any images being generated.
+
+        Args: all [R] int64; `image_rows` in 0 .. N + 1, soi to eoi, `positions` as `Layout.positions` counts them.
         """
         config = self.config
         x = self.embedding(token_ids)
         if self.image_positions is not None:
             x = x + self.image_positions.index_select(0, image_rows)
         rotary = rotary_angles(positions, config.rotary_dim, config.rotary_theta, x.dtype)
-        layout = Layout([SequenceLayout("generation", len(x), 0, cached=int(few))], x.device)  # so many rows of a task
+        layout = Layout(
+            [SequenceLayout("generation", len(x), 0, cached=1)], x.device
+        )  # multiplied as text that goes on
         return self.layers[0].tokenwise(x, layout, rotary)
 
     def resume(
@@ -292,7 +305,7 @@ class UniF2ace(nn.Module):
         ratio_of_image: Tensor | None = None,
         rows: Tensor | None = None,
     ) -> ModelOutput:
-        """`forward` of generated images from `first` on; arguments and errors as there."""
+        """`forward` of generated images from `start` on; arguments and errors as there."""
         self._check(layout, cache)
         memories = self._memories(layout, mask_ratio, ratio_of_image, None, None)
         return self._run_layers(first, layout, memories, cache, rows)
