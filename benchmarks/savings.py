@@ -21,7 +21,8 @@ from torch import Tensor
 from unif2ace.generation.first_layer import FirstLayer
 from unif2ace.generation.schedule import schedule_steps
 from unif2ace.generation.settings import to_signed
-from unif2ace.model.transformer import Tokenwise, UniF2ace
+from unif2ace.model.block import Tokenwise
+from unif2ace.model.transformer import UniF2ace
 from unif2ace.ops import head_sample, linear, remask, sample_tokens
 from unif2ace.vocabulary import PackedBatch, pack_generation, pack_generation_step
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from unif2ace.model.transformer import Tokenwise, UniF2ace
+from unif2ace.model.block import Tokenwise
+from unif2ace.model.transformer import UniF2ace
 from unif2ace.ops.linear import INVARIANT_ROWS
 
 
