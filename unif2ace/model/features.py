@@ -24,9 +24,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from unif2ace.codec.invariant import gelu, in_groups
 from unif2ace.codec.small import ResidualBlock
 from unif2ace.codec.storage import load_weights, read_config, save_network
 from unif2ace.errors import UserError
+from unif2ace.model.linear import Linear
 
 # Channel statistics of CLIP's training images, in the 0..1 range (openai/CLIP, preprocessing).
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -68,7 +70,7 @@ class ConvTower(nn.Module):
         self.blocks = nn.ModuleList(ResidualBlock(width) for width in widths[1:])
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        x = F.gelu(self.stem(F.pixel_unshuffle(images, 2)))
+        x = gelu(self.stem(F.pixel_unshuffle(images, 2)))
         for down, block in zip(self.down, self.blocks, strict=True):
             x = block(down(F.pixel_unshuffle(x, 2)))
         return x
@@ -116,7 +118,7 @@ class _SmallEncoder(nn.Module):
         check_images(f"{self.name} encoder", images, self.image_size)
         if not len(images):  # pixel_unshuffle hands an empty batch back unchanged
             return images.new_zeros(0, self.num_rows, self.width)
-        return self.rows(images)
+        return in_groups(self.rows, images)
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = torch.float16) -> None:
         """Write `<name>.safetensors` and `<name>.json` with floating point stored as `dtype` (None: as it is)."""
@@ -161,7 +163,7 @@ class SmallFaceEncoder(_SmallEncoder):
     def __init__(self, config: TowerConfig | None = None) -> None:
         super().__init__(config)
         self.num_rows = 1
-        self.project = nn.Linear(self.config.widths[-1] * self.config.cells, self.width)
+        self.project = Linear(self.config.widths[-1] * self.config.cells, self.width)
 
     def identity(self, images: torch.Tensor) -> torch.Tensor:
         """Unit vectors [B, width]; the dot product of two is their similarity."""
