@@ -33,7 +33,7 @@ from torch import nn
 from torch.nn import functional as F
 from vector_quantize_pytorch import FSQ
 
-from unif2ace.codec.invariant import gelu, group_norm, in_groups
+from unif2ace.codec.invariant import Conv2d, GroupNorm, gelu, in_parts
 from unif2ace.codec.storage import load_weights, read_config, save_network
 from unif2ace.errors import UserError
 
@@ -75,14 +75,14 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(8, width)
-        self.spatial = nn.Conv2d(width, width, 3, padding=1)
-        self.mix = nn.Conv2d(width, width, 1)
+        self.norm = GroupNorm(8, width)
+        self.spatial = Conv2d(width, width, 3, padding=1)
+        self.mix = Conv2d(width, width, 1)
         nn.init.zeros_(self.mix.weight)  # every block starts as the identity: a deep stack trains from the first step
         nn.init.zeros_(self.mix.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.mix(gelu(self.spatial(group_norm(self.norm, x))))
+        return x + self.mix(gelu(self.spatial(self.norm(x))))
 
 
 def _stage(width: int, blocks: int) -> nn.Sequential:
@@ -96,14 +96,14 @@ class Encoder(nn.Module):
         super().__init__()
         fine, middle, coarse = config.widths
         grid = config.image_size // DOWNSAMPLING
-        self.stem = nn.Conv2d(12, fine, 3, padding=1)
+        self.stem = Conv2d(12, fine, 3, padding=1)
         self.fine = _stage(fine, config.encoder_blocks[0])
-        self.to_middle = nn.Conv2d(4 * fine, middle, 1)
+        self.to_middle = Conv2d(4 * fine, middle, 1)
         self.middle = _stage(middle, config.encoder_blocks[1])
-        self.to_coarse = nn.Conv2d(4 * middle, coarse, 1)
+        self.to_coarse = Conv2d(4 * middle, coarse, 1)
         self.position = nn.Parameter(0.02 * torch.randn(1, coarse, grid, grid))
         self.coarse = _stage(coarse, config.encoder_blocks[2])
-        self.out = nn.Conv2d(coarse, len(config.levels), 1)
+        self.out = Conv2d(coarse, len(config.levels), 1)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         x = self.fine(gelu(self.stem(F.pixel_unshuffle(images, 2))))
@@ -119,14 +119,14 @@ class Decoder(nn.Module):
         super().__init__()
         fine, middle, coarse = config.widths
         grid = config.image_size // DOWNSAMPLING
-        self.stem = nn.Conv2d(len(config.levels), coarse, 3, padding=1)
+        self.stem = Conv2d(len(config.levels), coarse, 3, padding=1)
         self.position = nn.Parameter(0.02 * torch.randn(1, coarse, grid, grid))
         self.coarse = _stage(coarse, config.decoder_blocks[2])
-        self.to_middle = nn.Conv2d(coarse, 4 * middle, 1)
+        self.to_middle = Conv2d(coarse, 4 * middle, 1)
         self.middle = _stage(middle, config.decoder_blocks[1])
-        self.to_fine = nn.Conv2d(middle, 4 * fine, 1)
+        self.to_fine = Conv2d(middle, 4 * fine, 1)
         self.fine = _stage(fine, config.decoder_blocks[0])
-        self.out = nn.Conv2d(fine, 12, 3, padding=1)
+        self.out = Conv2d(fine, 12, 3, padding=1)
 
     def forward(self, latent: torch.Tensor) -> torch.Tensor:
         x = self.coarse(self.stem(latent) + self.position)
@@ -184,7 +184,7 @@ class SmallCodec(nn.Module):
             )
         if not len(images):  # pixel_unshuffle hands an empty batch back unchanged
             return torch.empty(0, self.num_tokens, dtype=torch.long, device=images.device)
-        _, codes = self.quantise(self.normalise(in_groups(self.encoder, images)))
+        _, codes = self.quantise(self.normalise(in_parts(self.encoder, images)))
         return codes.flatten(1).long()
 
     @torch.no_grad()
@@ -205,7 +205,7 @@ class SmallCodec(nn.Module):
             if low < 0 or high >= self.codebook_size:
                 raise UserError(f"codec: codes must lie in 0..{self.codebook_size - 1}, got {low}..{high}")
         latent = self.quantise.indices_to_codes(codes.unflatten(1, (self.grid, self.grid)))
-        return in_groups(self.decoder, latent.to(self.decoder.out.weight.dtype)).clamp(-1, 1)
+        return in_parts(self.decoder, latent.to(self.decoder.out.weight.dtype)).clamp(-1, 1)
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = torch.float16) -> None:
         """Write `codec.safetensors` and `codec.json` with floating point stored as `dtype` (None: as it is)."""

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from unif2ace.codec.invariant import gelu, in_groups
+from unif2ace.codec.invariant import Conv2d, gelu, in_parts
 from unif2ace.codec.small import ResidualBlock
 from unif2ace.codec.storage import load_weights, read_config, save_network
 from unif2ace.errors import UserError
@@ -65,8 +65,8 @@ class ConvTower(nn.Module):
 
     def __init__(self, widths: tuple[int, ...]) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(12, widths[0], 3, padding=1)
-        self.down = nn.ModuleList(nn.Conv2d(4 * a, b, 1) for a, b in pairwise(widths))
+        self.stem = Conv2d(12, widths[0], 3, padding=1)
+        self.down = nn.ModuleList(Conv2d(4 * a, b, 1) for a, b in pairwise(widths))
         self.blocks = nn.ModuleList(ResidualBlock(width) for width in widths[1:])
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -118,7 +118,7 @@ class _SmallEncoder(nn.Module):
         check_images(f"{self.name} encoder", images, self.image_size)
         if not len(images):  # pixel_unshuffle hands an empty batch back unchanged
             return images.new_zeros(0, self.num_rows, self.width)
-        return in_groups(self.rows, images)
+        return in_parts(self.rows, images)
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = torch.float16) -> None:
         """Write `<name>.safetensors` and `<name>.json` with floating point stored as `dtype` (None: as it is)."""
@@ -140,7 +140,7 @@ class SmallClipEncoder(_SmallEncoder):
     def __init__(self, config: TowerConfig | None = None) -> None:
         super().__init__(config)
         self.num_rows = self.config.cells
-        self.project = nn.Conv2d(self.config.widths[-1], self.width, 1)
+        self.project = Conv2d(self.config.widths[-1], self.width, 1)
         self.norm = nn.LayerNorm(self.width)
         # Every cell has its own weights into the pooled vector: faces are aligned, so a cell stands for a facial part.
         self.pool = nn.Linear(self.num_rows * self.width, self.width)
