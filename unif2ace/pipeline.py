@@ -208,7 +208,7 @@ class UniF2acePipeline:
             options: those of `stream_answers`.
 
         An answer depends on its picture, question and seed, not on what else is asked: to the last bit of its logits on
-        CPUs with the native back end in float32 (there pictures are read one at a time), else up to rounding.
+        CPUs with the native back end in float32, else up to rounding.
 
         Returns one string per question. Raises `UserError` for anything that does not fit.
         """

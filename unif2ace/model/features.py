@@ -10,7 +10,8 @@ An encoder is frozen and sees pixels, not codes: images [B, 3, S, S] in [-1, 1] 
 | `AntelopeEncoder` | face | 1 x 512 (AntelopeV2) | `onnxruntime` and the recognition model's `.onnx` file |
 
 The two small ones share one tower of convolutions: space-to-depth halvings from 64 px to 4x4 cells with one residual
-block at each stage, 0.02 GFLOP per image.
+block at each stage, 0.02 GFLOP per image. On CPUs an image's rows have the same bits whatever it is read with
+(`codec/invariant.py`; the identity row by the native back end).
 """
 
 from __future__ import annotations
@@ -207,7 +208,8 @@ class ClipEncoder(nn.Module):
         """images [B, 3, S, S] floating point in [-1, 1] -> [B, num_rows, width]."""
         check_images("ClipEncoder", images)
         pixels = ((resized(images, self.image_size, "bicubic") + 1) / 2 - self.mean) / self.std
-        return self.model(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+        # One at a time on CPUs: what it is made of promises no image equal bits in other company.
+        return in_parts(lambda part: self.model(part, output_hidden_states=True).hidden_states[-2][:, 1:], pixels, 1)
 
 
 class AntelopeEncoder:
@@ -249,8 +251,9 @@ class AntelopeEncoder:
         pixels = resized(images.detach().float().cpu(), self.image_size, "bilinear")
         if not len(pixels):
             return images.new_zeros(0, 1, self.width)
-        # Exported with a fixed batch size (the published file: 1), the model takes one chunk at a time.
-        chunk = self.fixed_batch or len(pixels)
+        # Exported with a fixed batch size (the published file: 1), the model takes one chunk at a time; else, for equal
+        # bits in any company, CPUs take one image.
+        chunk = self.fixed_batch or (1 if images.device.type == "cpu" else len(pixels))
         padded = F.pad(pixels, (0, 0, 0, 0, 0, 0, 0, -len(pixels) % chunk))
         parts = [torch.from_numpy(self.session.run(None, {self.input_name: x.numpy()})[0]) for x in padded.split(chunk)]
         return F.normalize(torch.cat(parts)[: len(pixels)], dim=-1).unsqueeze(1).to(images)
