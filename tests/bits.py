@@ -48,6 +48,23 @@ def assert_same_for_threads(run: Callable[[], Sequence[Tensor]], counts: Sequenc
             assert torch.equal(one, many), f"result {number} differs between {counts[0]} and {count} threads"
 
 
+def assert_same_in_any_company(
+    run: Callable[[Tensor], Tensor], inputs: Tensor, counts: Sequence[int] = (1, 2, 3)
+) -> None:
+    """`run(inputs)` gives each input the same bits alone and among any others, with each number of threads."""
+    before, alone = torch.get_num_threads(), None
+    try:
+        for count in counts:
+            torch.set_num_threads(count)
+            alone = torch.cat([run(one[None]) for one in inputs]) if alone is None else alone
+            for number in range(1, len(inputs) + 1):
+                order = torch.randperm(len(inputs))[:number]
+                found = run(inputs[order])
+                assert torch.equal(found, alone[order]), f"{number} inputs together, {count} threads"
+    finally:
+        torch.set_num_threads(before)
+
+
 def assert_same_on_instruction_sets(program: str) -> None:
     """`program` fills `digest` (hashlib.sha256()) with results; ATEN_CPU_CAPABILITY, torch's own variable, narrows the
     instruction set. Inputs should be whole numbers or exact fractions: torch draws normal numbers differently per set.

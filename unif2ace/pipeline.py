@@ -208,7 +208,7 @@ class UniF2acePipeline:
             options: those of `stream_answers`.
 
         An answer depends on its picture, question and seed, not on what else is asked: to the last bit of its logits on
-        CPUs with the native back end in float32 (there pictures are read one at a time), else up to rounding.
+        CPUs with the native back end in float32, else up to rounding.
 
         Returns one string per question. Raises `UserError` for anything that does not fit.
         """
@@ -280,8 +280,7 @@ class UniF2acePipeline:
         }
 
         def pieces() -> Iterator[tuple[int, str, bool]]:
-            # One at a time on a CPU: convolutions over several pictures may take another path, and their bits with it.
-            codes, features = self.read_images(pixels, 1 if self.device.type == "cpu" else batch_size)
+            codes, features = self.read_images(pixels, batch_size)
             for start in range(0, number, batch_size):
                 part = slice(start, start + batch_size)
                 texts = [AnswerText(self.tokenizer, stops) for _ in encoded[part]]

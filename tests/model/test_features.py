@@ -5,6 +5,8 @@ import importlib.util
 import pytest
 import torch
 
+from tests.bits import assert_same_in_any_company, needs_native
+from unif2ace.codec.pixels import to_float
 from unif2ace.errors import UserError
 from unif2ace.model import features
 from unif2ace.model.features import (
@@ -37,6 +39,19 @@ def test_small_encoders(kind, rows, tmp_path):
     again = kind.from_pretrained(tmp_path)
     torch.testing.assert_close(again.encode(images), found)
     assert not again.training
+
+
+@needs_native
+@pytest.mark.parametrize("kind", [SmallClipEncoder, SmallFaceEncoder])
+@pytest.mark.parametrize("config", [TINY, TowerConfig()])
+def test_features_in_any_company_have_the_same_bits(kind, config):
+    torch.manual_seed(0)
+    encoder = kind(config).eval()
+    for name, weight in encoder.named_parameters():
+        if name.endswith("mix.weight"):  # zeros at first: blocks that do nothing
+            torch.nn.init.normal_(weight, std=0.1)
+    pictures = torch.randint(0, 256, (9, config.image_size, config.image_size, 3), dtype=torch.uint8)
+    assert_same_in_any_company(lambda some: encoder.encode(to_float(some)), pictures)
 
 
 @pytest.mark.parametrize("kind", [SmallClipEncoder, SmallFaceEncoder])

@@ -12,8 +12,7 @@ The result's `number` is the row, counted from 0: row i is line i + 1 of a .json
 Answers are greedy. A picture that several rows of a batch ask about is read and encoded once.
 
 An answer depends on its own row alone (`generation/decoding.py`): by the native back end on CPUs of one kind, in
-float32, neither the size of the batches nor the processes that share the table change it. (They should have one number
-of threads: the last bits of what PyTorch's convolutions read in a picture may follow that.)
+float32, neither the size of the batches nor the processes that share the table, nor their threads, change it.
 """
 
 from __future__ import annotations

@@ -17,9 +17,7 @@ Three choices carry the quality at under a million parameters:
 The 3x3 kernels at 8x8 are few on purpose, fewest in the encoder: a code should describe mainly its own 8x8 pixels and
 their neighbours, which is what lets a transformer predict it from context and an in-painter replace it alone.
 
-On CPUs `decode` gives an image the same bits whatever it is decoded with: the decoder always runs on `IMAGES_TOGETHER`
-images, so that the libraries choose the same kernels, and `_gelu` and `_norm` take nothing from PyTorch whose rounding
-follows how an array is shared out among threads (tests/codec/test_small.py).
+On CPUs `encode` and `decode` give an image the same bits whatever it is read or drawn with (`codec/invariant.py`).
 
 Cost per image at the default width: 0.08 GFLOP to encode, 0.10 to decode; 0.77 M parameters.
 """
@@ -35,14 +33,11 @@ from torch import nn
 from torch.nn import functional as F
 from vector_quantize_pytorch import FSQ
 
+from unif2ace.codec.invariant import Conv2d, GroupNorm, gelu, in_parts
 from unif2ace.codec.storage import load_weights, read_config, save_network
 from unif2ace.errors import UserError
 
 DOWNSAMPLING = 8  # three halvings: 64 px -> 8x8 tokens
-# Images in a pass of the decoder on a CPU; where there are fewer, it is filled up. 32 images of avatars-tiny, two
-# threads: 41 ms one by one, 26 by two, 18 by four, 13 by eight; a single one 1.6, 1.8, 2.4, 3.4.
-IMAGES_TOGETHER = 4
-DIVIDED_PIXELS = 1024  # from here on PyTorch divides the sums of a channels-last GroupNorm among threads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,35 +70,19 @@ class SmallCodecConfig:
                 raise UserError(f"codec {name} must be three counts of 0 or more, got {getattr(self, name)}")
 
 
-def _gelu(x: torch.Tensor) -> torch.Tensor:
-    """gelu(x) = x Phi(x). On CPUs `F.gelu` computes the last numbers of a thread's share by another formula than the
-    rest; here all are computed alike, for a tenth more time of the whole decoder. Training needs no equal bits.
-    """
-    if x.device.type != "cpu" or torch.is_grad_enabled():
-        return F.gelu(x)
-    return torch.erf(x * math.sqrt(0.5)).add_(1.0).mul_(x).mul_(0.5)
-
-
-def _norm(norm: nn.GroupNorm, x: torch.Tensor) -> torch.Tensor:
-    """norm(x). On CPUs large maps are normalised channels first, where PyTorch leaves an image's sums to one thread."""
-    if x.device.type != "cpu" or x.shape[2] * x.shape[3] < DIVIDED_PIXELS:
-        return norm(x)
-    return norm(x.contiguous()).contiguous(memory_format=torch.channels_last)
-
-
 class ResidualBlock(nn.Module):
     """x + Conv1x1(GELU(Conv3x3(GroupNorm(x)))): one spatial kernel per block keeps the receptive field small."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(8, width)
-        self.spatial = nn.Conv2d(width, width, 3, padding=1)
-        self.mix = nn.Conv2d(width, width, 1)
+        self.norm = GroupNorm(8, width)
+        self.spatial = Conv2d(width, width, 3, padding=1)
+        self.mix = Conv2d(width, width, 1)
         nn.init.zeros_(self.mix.weight)  # every block starts as the identity: a deep stack trains from the first step
         nn.init.zeros_(self.mix.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.mix(_gelu(self.spatial(_norm(self.norm, x))))
+        return x + self.mix(gelu(self.spatial(self.norm(x))))
 
 
 def _stage(width: int, blocks: int) -> nn.Sequential:
@@ -117,17 +96,17 @@ class Encoder(nn.Module):
         super().__init__()
         fine, middle, coarse = config.widths
         grid = config.image_size // DOWNSAMPLING
-        self.stem = nn.Conv2d(12, fine, 3, padding=1)
+        self.stem = Conv2d(12, fine, 3, padding=1)
         self.fine = _stage(fine, config.encoder_blocks[0])
-        self.to_middle = nn.Conv2d(4 * fine, middle, 1)
+        self.to_middle = Conv2d(4 * fine, middle, 1)
         self.middle = _stage(middle, config.encoder_blocks[1])
-        self.to_coarse = nn.Conv2d(4 * middle, coarse, 1)
+        self.to_coarse = Conv2d(4 * middle, coarse, 1)
         self.position = nn.Parameter(0.02 * torch.randn(1, coarse, grid, grid))
         self.coarse = _stage(coarse, config.encoder_blocks[2])
-        self.out = nn.Conv2d(coarse, len(config.levels), 1)
+        self.out = Conv2d(coarse, len(config.levels), 1)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        x = self.fine(_gelu(self.stem(F.pixel_unshuffle(images, 2))))
+        x = self.fine(gelu(self.stem(F.pixel_unshuffle(images, 2))))
         x = self.middle(self.to_middle(F.pixel_unshuffle(x, 2)))
         x = self.coarse(self.to_coarse(F.pixel_unshuffle(x, 2)) + self.position)
         return self.out(x)
@@ -140,19 +119,19 @@ class Decoder(nn.Module):
         super().__init__()
         fine, middle, coarse = config.widths
         grid = config.image_size // DOWNSAMPLING
-        self.stem = nn.Conv2d(len(config.levels), coarse, 3, padding=1)
+        self.stem = Conv2d(len(config.levels), coarse, 3, padding=1)
         self.position = nn.Parameter(0.02 * torch.randn(1, coarse, grid, grid))
         self.coarse = _stage(coarse, config.decoder_blocks[2])
-        self.to_middle = nn.Conv2d(coarse, 4 * middle, 1)
+        self.to_middle = Conv2d(coarse, 4 * middle, 1)
         self.middle = _stage(middle, config.decoder_blocks[1])
-        self.to_fine = nn.Conv2d(middle, 4 * fine, 1)
+        self.to_fine = Conv2d(middle, 4 * fine, 1)
         self.fine = _stage(fine, config.decoder_blocks[0])
-        self.out = nn.Conv2d(fine, 12, 3, padding=1)
+        self.out = Conv2d(fine, 12, 3, padding=1)
 
     def forward(self, latent: torch.Tensor) -> torch.Tensor:
         x = self.coarse(self.stem(latent) + self.position)
         x = self.middle(F.pixel_shuffle(self.to_middle(x), 2))
-        x = self.fine(_gelu(F.pixel_shuffle(self.to_fine(x), 2)))
+        x = self.fine(gelu(F.pixel_shuffle(self.to_fine(x), 2)))
         return F.pixel_shuffle(self.out(x), 2)
 
 
@@ -205,7 +184,7 @@ class SmallCodec(nn.Module):
             )
         if not len(images):  # pixel_unshuffle hands an empty batch back unchanged
             return torch.empty(0, self.num_tokens, dtype=torch.long, device=images.device)
-        _, codes = self.quantise(self.normalise(self.encoder(images)))
+        _, codes = self.quantise(self.normalise(in_parts(self.encoder, images)))
         return codes.flatten(1).long()
 
     @torch.no_grad()
@@ -225,11 +204,8 @@ class SmallCodec(nn.Module):
             low, high = int(codes.min()), int(codes.max())
             if low < 0 or high >= self.codebook_size:
                 raise UserError(f"codec: codes must lie in 0..{self.codebook_size - 1}, got {low}..{high}")
-        together = IMAGES_TOGETHER if codes.device.type == "cpu" else len(codes)
-        padded = F.pad(codes, (0, 0, 0, -len(codes) % together))
-        latent = self.quantise.indices_to_codes(padded.view(-1, self.grid, self.grid)).to(self.decoder.out.weight.dtype)
-        images = torch.cat([self.decoder(part) for part in latent.split(together)])
-        return images[: len(codes)].clamp(-1, 1)
+        latent = self.quantise.indices_to_codes(codes.unflatten(1, (self.grid, self.grid)))
+        return in_parts(self.decoder, latent.to(self.decoder.out.weight.dtype)).clamp(-1, 1)
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = torch.float16) -> None:
         """Write `codec.safetensors` and `codec.json` with floating point stored as `dtype` (None: as it is)."""

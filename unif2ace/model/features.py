@@ -10,7 +10,8 @@ An encoder is frozen and sees pixels, not codes: images [B, 3, S, S] in [-1, 1] 
 | `AntelopeEncoder` | face | 1 x 512 (AntelopeV2) | `onnxruntime` and the recognition model's `.onnx` file |
 
 The two small ones share one tower of convolutions: space-to-depth halvings from 64 px to 4x4 cells with one residual
-block at each stage, 0.02 GFLOP per image.
+block at each stage, 0.02 GFLOP per image. On CPUs an image's rows have the same bits whatever it is read with
+(`codec/invariant.py`; the identity row by the native back end).
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from unif2ace.codec.invariant import Conv2d, gelu, in_parts
 from unif2ace.codec.small import ResidualBlock
 from unif2ace.codec.storage import load_weights, read_config, save_network
 from unif2ace.errors import UserError
+from unif2ace.model.linear import Linear
 
 # Channel statistics of CLIP's training images, in the 0..1 range (openai/CLIP, preprocessing).
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -63,12 +66,12 @@ class ConvTower(nn.Module):
 
     def __init__(self, widths: tuple[int, ...]) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(12, widths[0], 3, padding=1)
-        self.down = nn.ModuleList(nn.Conv2d(4 * a, b, 1) for a, b in pairwise(widths))
+        self.stem = Conv2d(12, widths[0], 3, padding=1)
+        self.down = nn.ModuleList(Conv2d(4 * a, b, 1) for a, b in pairwise(widths))
         self.blocks = nn.ModuleList(ResidualBlock(width) for width in widths[1:])
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        x = F.gelu(self.stem(F.pixel_unshuffle(images, 2)))
+        x = gelu(self.stem(F.pixel_unshuffle(images, 2)))
         for down, block in zip(self.down, self.blocks, strict=True):
             x = block(down(F.pixel_unshuffle(x, 2)))
         return x
@@ -116,7 +119,7 @@ class _SmallEncoder(nn.Module):
         check_images(f"{self.name} encoder", images, self.image_size)
         if not len(images):  # pixel_unshuffle hands an empty batch back unchanged
             return images.new_zeros(0, self.num_rows, self.width)
-        return self.rows(images)
+        return in_parts(self.rows, images)
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = torch.float16) -> None:
         """Write `<name>.safetensors` and `<name>.json` with floating point stored as `dtype` (None: as it is)."""
@@ -138,7 +141,7 @@ class SmallClipEncoder(_SmallEncoder):
     def __init__(self, config: TowerConfig | None = None) -> None:
         super().__init__(config)
         self.num_rows = self.config.cells
-        self.project = nn.Conv2d(self.config.widths[-1], self.width, 1)
+        self.project = Conv2d(self.config.widths[-1], self.width, 1)
         self.norm = nn.LayerNorm(self.width)
         # Every cell has its own weights into the pooled vector: faces are aligned, so a cell stands for a facial part.
         self.pool = nn.Linear(self.num_rows * self.width, self.width)
@@ -161,7 +164,7 @@ class SmallFaceEncoder(_SmallEncoder):
     def __init__(self, config: TowerConfig | None = None) -> None:
         super().__init__(config)
         self.num_rows = 1
-        self.project = nn.Linear(self.config.widths[-1] * self.config.cells, self.width)
+        self.project = Linear(self.config.widths[-1] * self.config.cells, self.width)
 
     def identity(self, images: torch.Tensor) -> torch.Tensor:
         """Unit vectors [B, width]; the dot product of two is their similarity."""
@@ -205,7 +208,8 @@ class ClipEncoder(nn.Module):
         """images [B, 3, S, S] floating point in [-1, 1] -> [B, num_rows, width]."""
         check_images("ClipEncoder", images)
         pixels = ((resized(images, self.image_size, "bicubic") + 1) / 2 - self.mean) / self.std
-        return self.model(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+        # One at a time on CPUs: what it is made of promises no image equal bits in other company.
+        return in_parts(lambda part: self.model(part, output_hidden_states=True).hidden_states[-2][:, 1:], pixels, 1)
 
 
 class AntelopeEncoder:
@@ -247,8 +251,9 @@ class AntelopeEncoder:
         pixels = resized(images.detach().float().cpu(), self.image_size, "bilinear")
         if not len(pixels):
             return images.new_zeros(0, 1, self.width)
-        # Exported with a fixed batch size (the published file: 1), the model takes one chunk at a time.
-        chunk = self.fixed_batch or len(pixels)
+        # Exported with a fixed batch size (the published file: 1), the model takes one chunk at a time; else, for equal
+        # bits in any company, CPUs take one image.
+        chunk = self.fixed_batch or (1 if images.device.type == "cpu" else len(pixels))
         padded = F.pad(pixels, (0, 0, 0, 0, 0, 0, 0, -len(pixels) % chunk))
         parts = [torch.from_numpy(self.session.run(None, {self.input_name: x.numpy()})[0]) for x in padded.split(chunk)]
         return F.normalize(torch.cat(parts)[: len(pixels)], dim=-1).unsqueeze(1).to(images)
