@@ -211,7 +211,7 @@ def test_kill_9_at_random_moments(table, generate, tmp_path, model, out):
 
 @pytest.mark.slow
 def test_an_interrupt_from_the_keyboard(table, tmp_path, model):
-    prompts = table(*({"prompt": f"a face {i}", "num_images": 8} for i in range(60)))
+    prompts = table(*({"prompt": f"a face {i}", "num_images": 8} for i in range(1000)))
     run = program("generate", "--prompts", prompts, "--out", str(tmp_path / "out"), "--model", model)
     part = tmp_path / "out" / "parts" / "00000.jsonl"
     while run.poll() is None and not (part.exists() and part.stat().st_size):
