@@ -84,11 +84,12 @@ def test_plans_depend_on_the_schedule_alone():
 def test_the_whole_loop_is_one_graph():
     model = build_parts().model.to("cuda")
     slots, plans = start(model)
-    tokens, unknown = slots.tokens.clone(), slots.order.clone()
+    state = (slots.tokens, slots.order, slots.first_layer.kept)
+    before = [tensor.clone() for tensor in state]
 
     def reset():
-        slots.tokens.copy_(tokens)
-        slots.order.copy_(unknown)
+        for tensor, value in zip(state, before, strict=True):
+            tensor.copy_(value)
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
