@@ -2,8 +2,8 @@
 
 A forward pass on a CPU allocates and frees tens of megabytes in every layer. glibc gives large free blocks back to the
 system, which hands them out again as zeroed pages, with one fault for every 4 KiB: drawing 32 faces with `avatars-tiny`
-can take 300,000 faults and a quarter of the time. Pages of 2 MiB, where the system offers them, save another 4 %, as fewer
-of them are looked up (two cores of a Zen 5, `benchmarks/bench_generation.py`).
+can take 300,000 faults and a quarter of the time. Pages of 2 MiB, where the system offers them, save another 4 %, as
+fewer of them are looked up (two cores of a Zen 5, `benchmarks/bench_generation.py`).
 """
 
 from __future__ import annotations
