@@ -25,7 +25,7 @@ from benchmarks import shapes
 from unif2ace.evaluation import speed
 from unif2ace.inputs import as_pixels
 from unif2ace.ops import BACKENDS, linear
-from unif2ace.pipeline import OPS, UniF2acePipeline
+from unif2ace.pipeline import CAPTION_REQUEST, OPS, UniF2acePipeline
 from unif2ace.vocabulary import pack_understanding
 
 TRAINING_OPS = (*OPS, "diffusion_loss")
@@ -85,17 +85,19 @@ def answers_by_recomputing(pipe: UniF2acePipeline, images: list[Image.Image], qu
 
 
 @pytest.mark.parametrize("shape", list(shapes.MODELS))
-@pytest.mark.parametrize("what", ["generate", "answer"])
+@pytest.mark.parametrize("what", ["generate", "answer", "caption"])
 def bench_inference(what: str, shape: str, device: str, backends: Callable, compare: Callable) -> None:
     size, pipe = shapes.MODELS[shape], load(shape, device)
     if what == "generate":
         workload = speed.drawing(pipe, size.faces, size.steps)
     else:
-        workload = speed.answering(pipe, size.faces)
+        workload = (speed.answering if what == "answer" else speed.describing)(pipe, size.faces)
     calls = variants(workload, names_for(OPS, pipe.dtype, backends))
-    if what == "answer":
-        questions = speed.asked(pipe, size.faces)
-        calls["show-o: full recompute"] = lambda: answers_by_recomputing(pipe, *questions)
+    if what != "generate":
+        images, questions = speed.asked(pipe, size.faces)
+        if what == "caption":
+            images, questions = speed.described(pipe, size.faces), [CAPTION_REQUEST] * size.faces
+        calls["show-o: full recompute"] = lambda: answers_by_recomputing(pipe, images, questions)
     compare(
         calls,
         baseline="reference",

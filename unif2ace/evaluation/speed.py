@@ -120,8 +120,7 @@ def drawing(pipe: UniF2acePipeline, faces: int = 8, steps: int | None = None) ->
 
 def asked(pipe: UniF2acePipeline, faces: int) -> tuple[list[Image.Image], list[str]]:
     """Pictures and questions: four about each of a batch of faces."""
-    prompts = [PROMPTS[index % len(PROMPTS)] for index in range(faces)]
-    images = [image for image in pipe.generate(prompts, steps=1) for _ in QUESTIONS]
+    images = [image for image in described(pipe, faces) for _ in QUESTIONS]
     return images, list(QUESTIONS) * faces
 
 
@@ -129,6 +128,17 @@ def answering(pipe: UniF2acePipeline, faces: int = 8) -> Workload:
     """Answer four questions about each of a batch of faces."""
     images, questions = asked(pipe, faces)
     return Workload("answers", len(images), lambda: pipe.answer(images, questions, batch_size=len(images)))
+
+
+def described(pipe: UniF2acePipeline, faces: int) -> list[Image.Image]:
+    """Pictures of a batch of faces."""
+    return pipe.generate([PROMPTS[index % len(PROMPTS)] for index in range(faces)], steps=1)
+
+
+def describing(pipe: UniF2acePipeline, faces: int = 8) -> Workload:
+    """Describe a batch of faces, one sentence each."""
+    images = described(pipe, faces)
+    return Workload("captions", faces, lambda: pipe.caption(images, batch_size=faces))
 
 
 def training(
