@@ -220,7 +220,7 @@ def test_an_interrupt_from_the_keyboard(table, tmp_path, model):
     _, error = run.communicate(timeout=60)
     assert run.returncode == 130
     assert error.splitlines()[-1] == "unif2ace: interrupted"
-    assert "of 480 images are recorded; the same command goes on" in error
+    assert "of 8000 images are recorded; the same command goes on" in error
     recorded = read_lines(part)
     pictures = {str(path.relative_to(tmp_path / "out")) for path in tmp_path.glob("out/images/*/*.png")}
     assert {line["file"] for line in recorded} <= pictures
