@@ -64,18 +64,6 @@ class Block(nn.Module):
     def _feed_forward(self, h: Tensor, layout: Layout) -> tuple[Tensor, RoutingPlan | None]:
         return self.ffn(h, layout) if isinstance(self.ffn, TokenMoE) else (self.ffn(h), None)
 
-    def forward(
-        self,
-        x: Tensor,
-        layout: Layout,
-        rotary: tuple[Tensor, Tensor],
-        cache: KVCache | None,
-        layer: int,
-        memory: Memory,
-    ) -> tuple[Tensor, RoutingPlan | None, RoutingPlan | None]:
-        """x [T, H] -> (x, token plan or None, sequence plan or None)."""
-        return self.mix(self.tokenwise(x, layout, rotary), layout, cache, layer, memory)
-
     def tokenwise(self, x: Tensor, layout: Layout, rotary: tuple[Tensor, Tensor]) -> Tokenwise:
         """The part that acts on each row of x [T, H] by itself."""
         h, plan = self.norm(x), None

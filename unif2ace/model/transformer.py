@@ -174,17 +174,9 @@ class UniF2ace(nn.Module):
             UserError: wrong number of image tokens; missing or misshapen features or mask ratios; cached sequences
                 without a cache; a cache that does not fit, or used while gradients are recorded.
         """
-        layout = batch.layout
-        self._check(layout, cache)
-        x = self._embed(batch)
-        memories = self._memories(layout, mask_ratio, ratio_of_image, features, sequence_memory)
-        return self._run_layers(x, layout, memories, cache, rows)
-
-    def _embed(self, batch: PackedBatch) -> Tensor:
-        x, layout = self.embedding(batch.token_ids), batch.layout
-        if self.image_positions is None or not layout.image_length:
-            return x
-        return x.index_add(0, layout.image_rows, self.image_positions.repeat(sum(layout.num_images), 1))
+        self._check(batch.layout, cache)
+        memories = self._memories(batch.layout, mask_ratio, ratio_of_image, features, sequence_memory)
+        return self._run_layers(self.start(batch), batch.layout, memories, cache, rows)
 
     def start(self, batch: PackedBatch) -> Tokenwise:
         """The token-wise part of the first layer: `resume` from it gives what `forward` gives.
@@ -192,9 +184,11 @@ class UniF2ace(nn.Module):
         It depends on each row's token, place in its image and position alone, so whoever keeps it computes it again
         only where a token has changed (`start_image_rows`).
         """
-        x, config = self._embed(batch), self.config
-        rotary = batch.layout.rotary(config.rotary_dim, config.rotary_theta, x.dtype)
-        return self.layers[0].tokenwise(x, batch.layout, rotary)
+        x, layout, config = self.embedding(batch.token_ids), batch.layout, self.config
+        if self.image_positions is not None and layout.image_length:
+            x = x.index_add(0, layout.image_rows, self.image_positions.repeat(sum(layout.num_images), 1))
+        rotary = layout.rotary(config.rotary_dim, config.rotary_theta, x.dtype)
+        return self.layers[0].tokenwise(x, layout, rotary)
 
     def start_image_rows(self, token_ids: Tensor, image_rows: Tensor, positions: Tensor) -> Tokenwise:
         """`start` for a few rows of any images being generated.
@@ -239,21 +233,13 @@ class UniF2ace(nn.Module):
             cache.check(layout)
 
     def _run_layers(
-        self,
-        x: Tensor | Tokenwise,
-        layout: Layout,
-        memories: list[Memory],
-        cache: KVCache | None,
-        rows: Tensor | None,
+        self, first: Tokenwise, layout: Layout, memories: list[Memory], cache: KVCache | None, rows: Tensor | None
     ) -> ModelOutput:
-        dtype = x.x.dtype if isinstance(x, Tokenwise) else x.dtype
-        rotary = layout.rotary(self.config.rotary_dim, self.config.rotary_theta, dtype)
-        plans, sequence_plans = [], []
+        x, plans, sequence_plans = first.x, [], []
+        rotary = layout.rotary(self.config.rotary_dim, self.config.rotary_theta, x.dtype)
         for index, (layer, memory) in enumerate(zip(self.layers, memories, strict=True)):
-            if isinstance(x, Tokenwise):
-                x, plan, sequence_plan = layer.mix(x, layout, cache, index, memory)
-            else:
-                x, plan, sequence_plan = layer(x, layout, rotary, cache, index, memory)
+            own = layer.tokenwise(x, layout, rotary) if index else first
+            x, plan, sequence_plan = layer.mix(own, layout, cache, index, memory)
             plans.extend([] if plan is None else [plan])
             sequence_plans.extend([] if sequence_plan is None else [sequence_plan])
         if cache is not None:
