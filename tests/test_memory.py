@@ -30,5 +30,5 @@ def test_freed_memory_is_kept():
     kept, given_back, faults = run.stdout.split()
     if kept == "False":
         pytest.skip("not glibc")
-    assert int(faults) < 100  # of 196,608 pages
-    assert int(given_back) > 100
+    assert int(given_back) > 100_000  # of 196,608 pages
+    assert int(faults) < int(given_back) / 4  # not none: the system may have no large pages left, or divide some
