@@ -20,7 +20,7 @@ def faults():
 faults()
 given_back = faults()
 kept = keep_freed_memory()
-faults()
+faults(), faults()  # the heap grows to its size
 print(kept, given_back, faults())
 """
 
@@ -31,4 +31,5 @@ def test_freed_memory_is_kept():
     if kept == "False":
         pytest.skip("not glibc")
     assert int(given_back) > 100_000  # of 196,608 pages
-    assert int(faults) < int(given_back) / 4  # not none: the system may have no large pages left, or divide some
+    # Not none: the heap may grow once more (a third), and the system may be short of large pages.
+    assert int(faults) < int(given_back) / 2
