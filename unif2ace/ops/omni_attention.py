@@ -139,6 +139,15 @@ def _unflatten(flat: Sequence[int], width: int = 5) -> AttentionBlocks:
     return tuple((*flat[i : i + 4], bool(flat[i + 4]), *flat[i + 5 : i + width]) for i in range(0, len(flat), width))
 
 
+def _with_past(function: Callable) -> Callable:
+    """Registered op with a past: `function(q, k, v, blocks, scale)` on keys put side by side."""
+
+    def with_past(q, k, v, past_k, past_v, flat, scale):
+        return function(q, *_join_past(k, v, (past_k, past_v), _unflatten(flat, 7)), scale)
+
+    return with_past
+
+
 def _backward_of(function: Callable) -> Callable:
     """Registered backward: run `function(q, k, v, blocks, scale)` again under autograd."""
 
@@ -166,9 +175,7 @@ _registry.define(
     "omni_attention_past",
     "(Tensor q, Tensor k, Tensor v, Tensor past_k, Tensor past_v, int[] blocks, float scale) -> Tensor",
     lambda q, k, v, past_k, past_v, blocks, scale: q.new_empty(q.shape),
-    lambda q, k, v, past_k, past_v, flat, scale: reference_omni_attention(
-        q, *_join_past(k, v, (past_k, past_v), _unflatten(flat, 7)), scale
-    ),
+    _with_past(reference_omni_attention),
 )
 _registry.define(
     "omni_attention",
@@ -180,6 +187,7 @@ _registry.define(
 _registry.implement(
     "native", "omni_attention", lambda q, k, v, flat, scale: _native_forward(q, k, v, _unflatten(flat), scale)
 )
+_registry.implement("native", "omni_attention_past", _with_past(_native_forward))
 _registry.implement("native", "omni_attention_backward", _backward_of(_NativeAttention.apply))
 
 
@@ -244,10 +252,10 @@ def omni_attention(
     name = _registry.choose("omni_attention", backend, q.device, q.dtype)
     wants_grad = _registry.needs_grad(q, k, v, *(past or ()))
     if past is not None:
-        if name == "native" and q.device.type != "cuda" and not wants_grad:
+        if name == "native" and not wants_grad:
             return _registry.registered(name, "omni_attention_past")(q, k, v, *past, _flatten_once(blocks), scale)
         k, v, blocks = _join_past(k, v, past, blocks)
-    if torch.compiler.is_compiling() or (name == "triton" and wants_grad):
+    if torch.compiler.is_compiling():
         return _OmniAttention.apply(name, q, k, v, _flatten(blocks), scale)
     if name == "reference":
         return reference_omni_attention(q, k, v, blocks, scale)
