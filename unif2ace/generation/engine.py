@@ -14,7 +14,8 @@ slot. What the images of a prompt share is computed once and kept for the prompt
   that does so with images (`codec/small.py`). cuBLAS picks kernels by the number of rows, MKL's and the reference's
   expert products depend on it: there the last bit of a logit may differ between batches, and rarely a token.
 * **A bad request fails alone.** What can be checked is checked when it is submitted. A step that fails is taken again
-  request by request; those that fail again end with their reason, the others go on.
+  request by request, pictures that cannot be decoded together are decoded one by one; what fails again ends with its
+  reason, the others go on.
 * **Memory is bounded** by `max_batch`: weights, the slots' cache, one pass. `submit` draws until there is room in the
   queue before it takes more.
 
@@ -89,8 +90,13 @@ class _Job:
 
     def __post_init__(self) -> None:
         start = self.codes.numpy().tobytes()
-        self.cond_key: _Key = tuple(self.request.prompt), start
-        self.uncond_key: _Key = (), start
+        self.cond: _Key = tuple(self.request.prompt), start
+        self.uncond: _Key | None = ((), start) if self.request.guidance > 0 else None
+
+    @property
+    def keys(self) -> list[_Key]:
+        """Of the prefixes its images need."""
+        return [key for key in (self.cond, self.uncond) if key is not None]
 
     @property
     def waiting(self) -> int:
@@ -131,7 +137,7 @@ class GenerationEngine:
         try:
             job = self._accept(request)
         except UserError as error:
-            self._fail(request, range(len(request.seeds) if isinstance(request.seeds, Sequence) else 1), error)
+            self._fail(request, range(len(request.seeds) if isinstance(request.seeds, Sequence) else 1), str(error))
             return
         if not job.steps:  # everything is known
             for index in range(job.waiting):
@@ -196,9 +202,8 @@ class GenerationEngine:
         unknown = int((codes == mask_code).sum())
         return _Job(request, codes, tuple(schedule_steps(unknown, request.steps, tau=request.tau)))
 
-    def _fail(self, request: Request, images: Iterable[int], error: Exception) -> None:
-        reason = str(error).splitlines()[0]
-        self._finished.extend(Face(request, index, error=reason) for index in images)
+    def _fail(self, request: Request, images: Iterable[int], reason: str) -> None:
+        self._finished.extend(Face(request, index, error=reason.partition("\n")[0]) for index in images)
 
     # --------------------------------------------------------------------------------------------------------- drawing
 
@@ -208,9 +213,12 @@ class GenerationEngine:
         self._admit()
         if not self._drawing:
             return
+        failed = False
         try:
-            run_step(self.model, self.slots, plan_step(self.slots, [d for *_, d in self._drawing]))
+            self._run_step(self._drawing)
         except FAILURES:
+            failed = True
+        if failed:  # not in the handler: what was raised holds the memory of the failed pass
             self._step_apart()
         going, done = [], []
         for job, index, drawing in self._drawing:
@@ -225,32 +233,44 @@ class GenerationEngine:
         if self.on_step is not None:
             self.on_step()
 
+    def _run_step(self, entries: Sequence[tuple[_Job, int, Drawing]]) -> None:
+        run_step(self.model, self.slots, plan_step(self.slots, [drawing for *_, drawing in entries]))
+
     def _step_apart(self) -> None:
         """Run the step for each request by itself, and drop those that fail."""
         for job in {id(job): job for job, *_ in self._drawing}.values():
-            own = [entry for entry in self._drawing if entry[0] is job]
             try:
-                run_step(self.model, self.slots, plan_step(self.slots, [drawing for *_, drawing in own]))
+                self._run_step([entry for entry in self._drawing if entry[0] is job])
             except FAILURES as error:
-                self._drop(job, error)
+                self._drop(job, str(error))
 
-    def _drop(self, job: _Job, error: Exception) -> None:
+    def _drop(self, job: _Job, reason: str) -> None:
         """End all images of a job that are not done."""
         drawing = [index for owner, index, _ in self._drawing if owner is job]
         self._free.extend(d.slot for owner, _, d in self._drawing if owner is job)
         self._drawing = [entry for entry in self._drawing if entry[0] is not job]
-        self._fail(job.request, [*drawing, *range(job.taken, len(job.request.seeds))], error)
+        self._fail(job.request, [*drawing, *range(job.taken, len(job.request.seeds))], reason)
         job.taken = len(job.request.seeds)
         self._queue = deque(waiting for waiting in self._queue if waiting is not job)
 
     def _finish(self, done: list[tuple[_Job, int, Tensor]]) -> None:
-        """Decode the codes of finished images, all together."""
+        """Decode the codes of finished images, all together; one by one where that fails."""
         if not done:
             return
-        codes = torch.stack([codes for *_, codes in done])
-        pixels = to_uint8(self.codec.decode(codes)).cpu()
-        for (job, index, _), own, face in zip(done, codes.cpu(), pixels, strict=True):
-            self._finished.append(Face(job.request, index, own, face))
+        codes, reason = torch.stack([codes for *_, codes in done]), None
+        try:
+            pixels = to_uint8(self.codec.decode(codes)).cpu()
+        except FAILURES as error:
+            reason = str(error)
+        if reason is None:
+            for (job, index, _), own, face in zip(done, codes.cpu(), pixels, strict=True):
+                self._finished.append(Face(job.request, index, own, face))
+        elif len(done) > 1:
+            for one in done:
+                self._finish([one])
+        else:
+            ((job, index, _),) = done
+            self._fail(job.request, [index], reason)
 
     def _admit(self) -> None:
         """Give free slots to waiting images, in order."""
@@ -264,8 +284,8 @@ class GenerationEngine:
             drawing = Drawing(
                 slot=self._free.pop(),
                 steps=job.steps,
-                cond=self._prefixes[job.cond_key],
-                uncond=self._prefixes[job.uncond_key] if job.request.guidance > 0 else None,
+                cond=self._prefixes[job.cond],
+                uncond=None if job.uncond is None else self._prefixes[job.uncond],
                 guidance=float(job.request.guidance),
                 temperature=float(job.request.temperature),
             )
@@ -281,7 +301,7 @@ class GenerationEngine:
         """Compute the prefixes of these jobs that are not at hand, and drop the jobs for which that fails."""
         missing: dict[_Key, Tensor] = {}
         for job in jobs:
-            for key in [job.cond_key] + ([job.uncond_key] if job.request.guidance > 0 else []):
+            for key in job.keys:
                 if key in self._prefixes:
                     self._prefixes.move_to_end(key)
                 else:
@@ -292,14 +312,14 @@ class GenerationEngine:
             self._prefixes.update(self._run_prefixes(missing))
             return
         except FAILURES:
-            reasons: dict[_Key, Exception] = {}
+            reasons: dict[_Key, str] = {}
         for key, codes in missing.items():
             try:
                 self._prefixes.update(self._run_prefixes({key: codes}))
             except FAILURES as error:
-                reasons[key] = error
+                reasons[key] = str(error)
         for job in jobs:
-            for key in (job.cond_key, job.uncond_key):
+            for key in job.keys:
                 if key in reasons and job.waiting:
                     self._drop(job, reasons[key])
 
