@@ -17,8 +17,8 @@ from torch import Tensor
 
 from unif2ace.data.text import END_OF_TEXT, TextTokenizer
 from unif2ace.errors import UserError
+from unif2ace.generation.settings import MAX_SEED
 
-MAX_SEED = 2**64 - 1
 KEEP_LEVEL = 128  # grey masks: from here on a pixel counts as white
 
 

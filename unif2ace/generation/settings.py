@@ -22,6 +22,7 @@ from unif2ace.generation.schedule import check_steps
 
 MAX_GUIDANCE = 100.0
 MAX_TEMPERATURE = 100.0
+MAX_SEED = 2**64 - 1
 
 
 @dataclass(frozen=True)
