@@ -28,15 +28,14 @@ from unif2ace.ops.omni_attention import AttentionBlocks
 class SequenceLayout:
     """One sequence of a packed batch, in row counts.
 
-    `text` counts text rows with their control tokens (t2i, sot, eot), `image` is N + 2 or 0, `answer` says how many of
-    the last text rows are trained answer tokens (with eot). `cached` rows already lie in row `cache_row` of the cache.
+    `text` counts text rows with their control tokens (t2i, sot, eot), `image` is N + 2 or 0. `cached` rows already lie
+    in row `cache_row` of the cache.
     """
 
     task: str
     text: int
     image: int
     cached: int = 0
-    answer: int = 0
     cache_row: int = 0
 
     @property
@@ -209,12 +208,6 @@ class Layout:
     def last_rows(self) -> Tensor:
         """[sequences] int64 last row of each sequence: where the next token of an answer is predicted."""
         return self.index([end - 1 for end in self.starts[1:]])
-
-    @cached_property
-    def answer_rows(self) -> Tensor:
-        """[A] int64 rows that predict a trained answer token (the target is the token of the next row)."""
-        pairs = zip(self.sequences, self.starts[1:], strict=True)
-        return self.ranges([end - s.answer - 1 for s, end in pairs], [s.answer for s in self.sequences])
 
     @cached_property
     def blocks(self) -> AttentionBlocks:
