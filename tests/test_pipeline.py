@@ -13,7 +13,7 @@ from tests.tiny import SIZE, build_parts, tiny_pipeline
 from unif2ace import bundle, inputs, pipeline
 from unif2ace.errors import UserError
 from unif2ace.generation.engine import GenerationEngine
-from unif2ace.ops import use_backend
+from unif2ace.ops import default_backend, use_backend
 from unif2ace.pipeline import UniF2acePipeline
 
 PROMPT = "a smiling person with red hair"
@@ -144,6 +144,15 @@ def test_sampled_answers_repeat_with_their_seed(pipe, faces):
     assert pipe.answer(faces[1], "How are the eyes?", seed=4, **options) == first[1:2]
 
 
+def test_an_answer_ends_before_a_stop_text(pipe, faces):
+    whole = pipe.answer(faces[0], "How are the eyes?", temperature=2.0)[0]
+    for stop in (whole[3:5], ["never in it", whole[3:5]]):
+        assert pipe.answer(faces[0], "How are the eyes?", temperature=2.0, stop=stop) == [
+            whole[: whole.find(whole[3:5])]
+        ]
+    assert pipe.answer(faces[0], "How are the eyes?", temperature=2.0, stop="\n") == [whole.split("\n")[0]]
+
+
 def test_a_model_without_feature_encoders_answers(faces):
     plain = UniF2acePipeline(build_parts(features=False))
     assert len(plain.caption(faces[0])) == 1
@@ -250,6 +259,15 @@ def test_back_ends_can_be_chosen(pipe, saved, faces):
     assert data(reference.generate(PROMPT, num_images_per_prompt=3, seed=5)) == expected
 
 
+def test_pictures_are_read_on_the_chosen_back_end(saved, faces, monkeypatch):
+    reference, seen = UniF2acePipeline.from_pretrained(saved, backend="reference"), []
+    encoder = reference.parts.encoders["face"]
+    encode = encoder.encode
+    monkeypatch.setattr(encoder, "encode", lambda images: seen.append(default_backend()) or encode(images))
+    reference.caption(faces[0])
+    assert seen == ["reference"]
+
+
 # ----------------------------------------------------------------------------------------------------------- bad input
 
 RGB = Image.new("RGB", (SIZE, SIZE))
@@ -311,6 +329,7 @@ def test_bad_requests_are_refused_before_any_work(pipe, monkeypatch, prompts, op
         (RGB, "Why?", {"temperature": -1}, "temperature: expected"),
         (RGB, "Why?", {"top_k": 0}, "top_k: expected"),
         (RGB, "Why?", {"top_p": 0}, "top_p: expected"),
+        (RGB, "Why?", {"stop": ["a", ""]}, r"stop\[1\]: expected some text, got an empty string"),
         (RGB, "Why?", {"seed": [1, 2]}, "seed: expected"),
     ],
 )

@@ -22,8 +22,8 @@ from unif2ace.generation.settings import MAX_SEED
 KEEP_LEVEL = 128  # grey masks: from here on a pixel counts as white
 
 
-def as_texts(name: str, value: object) -> list[str]:
-    """A string or a sequence of strings as a list of non-empty strings."""
+def as_texts(name: str, value: object, blank: bool = False) -> list[str]:
+    """A string or a sequence of strings as a list of non-empty strings; with `blank`, of white space alone too."""
     texts = [value] if isinstance(value, str) else list(value) if isinstance(value, Sequence) else None
     if texts is None or isinstance(value, bytes):
         raise UserError(f"{name}: expected a string or a list of strings, got {type(value).__name__}")
@@ -33,7 +33,7 @@ def as_texts(name: str, value: object) -> list[str]:
         where = name if len(texts) == 1 else f"{name}[{index}]"
         if not isinstance(text, str):
             raise UserError(f"{where}: expected a string, got {type(text).__name__}")
-        if not text.strip():
+        if not (text if blank else text.strip()):
             raise UserError(f"{where}: expected some text, got an empty string")
         if END_OF_TEXT in text:
             raise UserError(f"{where}: expected plain text, got the control token {END_OF_TEXT}")

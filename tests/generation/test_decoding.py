@@ -165,6 +165,13 @@ def test_narrow_sampling_is_greedy(parts):
         assert sampled == greedy
 
 
+def test_top_p_takes_the_same_tokens_in_16_bits():
+    logits = torch.randn(2, 5000).bfloat16()
+    wide = decoding._restrict(logits.float(), 0.8, None, 0.9)
+    assert torch.equal(decoding._restrict(logits, 0.8, None, 0.9), wide.bfloat16())
+    assert (wide.isfinite().sum(1) < 4000).all()
+
+
 def test_sampled_answers_depend_on_their_own_seed_alone(parts):
     model, codes, features = parts
     options = {"max_new_tokens": 5, "temperature": 3.0}
@@ -175,7 +182,9 @@ def test_sampled_answers_depend_on_their_own_seed_alone(parts):
     assert decode_answers(model, codes[row], QUESTIONS[row], mine, seeds=[80], **options) != together[row]
 
 
-@pytest.mark.parametrize("options", [{"max_new_tokens": 0}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}])
+@pytest.mark.parametrize(
+    "options", [{"max_new_tokens": 0}, {"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}]
+)
 def test_options_out_of_range_are_refused(parts, options):
     model, codes, features = parts
     with pytest.raises(UserError, match=f"^{next(iter(options))}: expected"):

@@ -70,6 +70,16 @@ def check_count(name: str, value: object) -> int:
     return value
 
 
+def check_answering(max_new_tokens: object, temperature: object, top_k: object, top_p: object) -> None:
+    """Refuse what answers cannot be decoded with; `top_k` and `top_p` None: no limit."""
+    check_count("max_new_tokens", max_new_tokens)
+    check_number("temperature", temperature, MAX_TEMPERATURE)
+    if top_k is not None:
+        check_count("top_k", top_k)
+    if top_p is not None and check_number("top_p", top_p, 1.0) == 0.0:
+        raise UserError(f"top_p: expected a number above 0 and up to 1, got {top_p!r}")
+
+
 def codes_to_draw(shape: torch.Size | tuple[int, ...], mask_code: int, known_codes: object, known: object) -> Tensor:
     """Codes [.., N] int64 to start from: `known_codes` where `known` (bool) is true, `mask_code` elsewhere.
 
