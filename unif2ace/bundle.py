@@ -116,7 +116,7 @@ def _download(name: str) -> Path:
 
 def load_defaults(folder: Path) -> GenerationConfig:
     """How the model in `folder` draws and answers unless it is told otherwise."""
-    return GenerationConfig(**read_config(folder / GENERATION_FILE, GenerationConfig))
+    return read_config(folder / GENERATION_FILE, GenerationConfig)
 
 
 def model_sha256(folder: Path) -> str:

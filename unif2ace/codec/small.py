@@ -214,6 +214,6 @@ class SmallCodec(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: str | Path, dtype: torch.dtype = torch.float32) -> SmallCodec:
         """Read a codec written by `save_pretrained`, in evaluation mode; `UserError` when files are missing or bad."""
-        codec = cls(SmallCodecConfig(**read_config(Path(folder) / "codec.json", SmallCodecConfig)))
+        codec = cls(read_config(Path(folder) / "codec.json", SmallCodecConfig))
         load_weights(codec, Path(folder) / "codec.safetensors")
         return codec.to(dtype).eval()

@@ -75,7 +75,7 @@ class Judge(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Judge:
         """Read what `save_pretrained` wrote, in evaluation mode; `UserError` when files are missing or bad."""
-        judge = cls(JudgeConfig(**read_config(Path(folder) / "judge.json", JudgeConfig)))
+        judge = cls(read_config(Path(folder) / "judge.json", JudgeConfig))
         load_weights(judge, Path(folder) / "judge.safetensors")
         return judge.eval()
 

@@ -128,7 +128,7 @@ class _SmallEncoder(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: str | Path, dtype: torch.dtype = torch.float32):
         """Read what `save_pretrained` wrote, in evaluation mode; `UserError` when files are missing or bad."""
-        encoder = cls(TowerConfig(**read_config(Path(folder) / f"{cls.name}.json", TowerConfig)))
+        encoder = cls(read_config(Path(folder) / f"{cls.name}.json", TowerConfig))
         load_weights(encoder, Path(folder) / f"{cls.name}.safetensors")
         return encoder.to(dtype).eval()
 
