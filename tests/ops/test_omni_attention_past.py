@@ -90,6 +90,23 @@ def test_opcheck(backend: str, blocks: AttentionBlocks):
     torch.library.opcheck(_registry.registered(backend, "omni_attention_past"), (*operands, flat, 0.3))
 
 
+@each_backend
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.filterwarnings("error:Dynamo")
+def test_compiles_into_one_graph(backend: str, gradients: bool):
+    blocks = PASTS["causal"]
+    inputs = [x.requires_grad_(gradients) for x in past_problem(blocks, dim=8).values()]
+
+    def loss(q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor) -> Tensor:
+        return omni_attention(2 * q, k, v, blocks, past=(past_k, past_v), backend=backend).square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    value, expected = compiled(*inputs), loss(*inputs)
+    torch.testing.assert_close(value, expected)
+    if gradients:
+        torch.testing.assert_close(torch.autograd.grad(value, inputs), torch.autograd.grad(expected, inputs))
+
+
 PAST = torch.zeros(3, 2, 8)
 
 

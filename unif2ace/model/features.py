@@ -207,6 +207,8 @@ class ClipEncoder(nn.Module):
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """images [B, 3, S, S] floating point in [-1, 1] -> [B, num_rows, width]."""
         check_images("ClipEncoder", images)
+        if not len(images):  # which the library does not take
+            return images.new_zeros(0, self.num_rows, self.width)
         pixels = ((resized(images, self.image_size, "bicubic") + 1) / 2 - self.mean) / self.std
         # One at a time on CPUs: what it is made of promises no image equal bits in other company.
         return in_parts(lambda part: self.model(part, output_hidden_states=True).hidden_states[-2][:, 1:], pixels, 1)

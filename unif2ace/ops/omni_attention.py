@@ -245,7 +245,8 @@ def omni_attention(
     _check_keys(q, "k", k, "v", v)
     if past is not None:
         _check_keys(q, "past keys", past[0], "past values", past[1])
-    check = _check_blocks if torch.compiler.is_compiling() else _check_blocks_once
+    compiling = torch.compiler.is_compiling()
+    check, flatten = (_check_blocks, _flatten) if compiling else (_check_blocks_once, _flatten_once)
     blocks = tuple(tuple(block) for block in blocks)
     blocks = check(blocks, q.shape[0], k.shape[0], None if past is None else past[0].shape[0])
     scale = 1.0 / math.sqrt(q.shape[2]) if scale is None else float(scale)
@@ -253,15 +254,15 @@ def omni_attention(
     wants_grad = _registry.needs_grad(q, k, v, *(past or ()))
     if past is not None:
         if name == "native" and not wants_grad:
-            return _registry.registered(name, "omni_attention_past")(q, k, v, *past, _flatten_once(blocks), scale)
+            return _registry.registered(name, "omni_attention_past")(q, k, v, *past, flatten(blocks), scale)
         k, v, blocks = _join_past(k, v, past, blocks)
-    if torch.compiler.is_compiling():
-        return _OmniAttention.apply(name, q, k, v, _flatten(blocks), scale)
+    if compiling:
+        return _OmniAttention.apply(name, q, k, v, flatten(blocks), scale)
     if name == "reference":
         return reference_omni_attention(q, k, v, blocks, scale)
     if wants_grad:
         return _NativeAttention.apply(q, k, v, blocks, scale)
-    return _registry.registered(name, "omni_attention")(q, k, v, _flatten_once(blocks), scale)
+    return _registry.registered(name, "omni_attention")(q, k, v, flatten(blocks), scale)
 
 
 def _check_keys(q: Tensor, k_name: str, k: Tensor, v_name: str, v: Tensor) -> None:
