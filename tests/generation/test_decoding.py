@@ -144,10 +144,12 @@ def test_no_question_has_no_answer(parts):
     assert decode_answers(model, codes, [], features) == []
 
 
-def test_images_that_are_not_there_are_refused(parts):
+def test_images_and_seeds_that_are_not_there_are_refused(parts):
     model, codes, features = parts
     with pytest.raises(UserError, match="expected an image below 3 for each of 3 questions"):
         decode_answers(model, codes, QUESTIONS, features, images=[0, 1, 3])
+    with pytest.raises(UserError, match="expected one seed for each of 3 questions, got 2"):
+        decode_answers(model, codes, QUESTIONS, features, seeds=[1, 2])
 
 
 def test_max_new_tokens_is_a_limit(parts):

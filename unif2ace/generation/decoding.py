@@ -74,13 +74,15 @@ def stream_answers(
         steps_per_check: after so many steps the host looks at the tokens; None takes `STEPS_PER_CHECK`.
 
     Raises:
-        UserError: options out of range, ids that are none, more or fewer images than questions speak of.
+        UserError: options out of range, ids that are none, more or fewer images or seeds than questions.
     """
     check_answering(max_new_tokens, temperature, top_k, top_p)
     vocabulary, device = model.vocabulary, model.head.weight.device
     which = list(range(len(questions))) if images is None else list(images)
     if len(which) != len(questions) or any(not 0 <= image < len(codes) for image in which):
         raise UserError(f"answers: expected an image below {len(codes)} for each of {len(questions)} questions")
+    if seeds is not None and len(seeds) != len(questions):
+        raise UserError(f"answers: expected one seed for each of {len(questions)} questions, got {len(seeds)}")
     weight, bias = model.head.weight[: vocabulary.n_text], model.head.bias[: vocabulary.n_text]
     if not which:
         return
