@@ -144,7 +144,7 @@ class SmallCodec(nn.Module):
         channels = len(self.config.levels)
         self.encoder = Encoder(self.config)
         self.normalise = nn.BatchNorm2d(channels, affine=False)
-        # On a unit Gaussian FSQ's 4 levels take 12, 24, 31 and 32 %: all in use, so no gain needs to be learned.
+        # On a unit Gaussian FSQ's 4 levels take 13, 24, 31 and 32 %: all in use, so no gain needs to be learned.
         self.quantise = FSQ(list(self.config.levels))
         self.decoder = Decoder(self.config)
 
