@@ -89,8 +89,8 @@ def stream_answers(
     seed_of = torch.tensor(list(seeds) if seeds is not None else [0] * len(which), device=device)
     every = steps_per_check or STEPS_PER_CHECK.get(device.type, 1)
 
-    longest = codes.shape[1] + 3 + max(map(len, questions)) + 1 + max_new_tokens
-    cache = model.new_cache(len(which), longest)
+    length = codes.shape[1] + 3 + 1 + max(map(len, questions)) + max_new_tokens
+    cache = model.new_cache(len(which), length)
     _run_images(model, cache, codes, which, features)
     batch = pack_questions(vocabulary, questions, cache.lengths, device)
     hidden = model(batch, cache=cache).hidden[batch.layout.last_rows]
@@ -105,7 +105,7 @@ def stream_answers(
         counter = torch.full_like(rows, step)
         logits = _restrict(linear(hidden, weight, bias), temperature, top_k, top_p)
         chosen, _ = sample_tokens(logits, seed_of[rows], counter, counter, temperature=temperature, stream=TEXT_STREAM)
-        unread.append(chosen.long())
+        unread.append(chosen)
         last = step + 1 == max_new_tokens
         if last or len(unread) == every:
             going = []

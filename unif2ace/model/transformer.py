@@ -165,9 +165,8 @@ class UniF2ace(nn.Module):
         if self.image_positions is not None:
             x = x + self.image_positions.index_select(0, image_rows)
         rotary = rotary_angles(positions, config.rotary_dim, config.rotary_theta, x.dtype)
-        layout = Layout(
-            [SequenceLayout("generation", len(x), 0, cached=1)], x.device
-        )  # few rows, as of text that goes on
+        # As text that goes on, the kind of rows that come in small numbers: which way experts multiply depends on it.
+        layout = Layout([SequenceLayout("generation", len(x), 0, cached=1)], x.device)
         return self.layers[0].tokenwise(x, layout, rotary)
 
     def resume(
