@@ -120,14 +120,11 @@ def test_first_passes_store_the_text_alone():
     assert not access.past
 
 
-def test_layouts_are_equal_by_content_and_derive_once():
-    one, two = (pack_generation(SMALL, [[5]], CODES[:1]).layout for _ in range(2))
-    assert one == two
-    assert hash(one) == hash(two)
+def test_layouts_derive_once():
+    one = pack_generation(SMALL, [[5]], CODES[:1]).layout
     assert one.to("cpu") is one
     assert one.image_rows is one.image_rows
     assert one.rotary(4, 1e4, torch.float32) is one.rotary(4, 1e4, torch.float32)
-    assert one != Layout([], "cpu")
     assert Layout([]).num_rows == 0
     assert Layout([]).positions.tolist() == []
 

@@ -98,7 +98,7 @@ class CacheAccess(NamedTuple):
 class Layout:
     """Host-side description of a packed batch and the index tensors derived from it, each built once on first use.
 
-    Equal and hashable by (sequences, device). All sequences with image rows must have the same number of them.
+    All sequences with image rows must have the same number of them.
     """
 
     def __init__(self, sequences: Sequence[SequenceLayout], device: torch.device | str = "cpu") -> None:
@@ -112,12 +112,6 @@ class Layout:
             raise UserError(f"Layout: all images of a batch must have one number of tokens, got image rows {lengths}")
         if any(s.task == "understanding" and s.image and s.cached for s in self.sequences):
             raise UserError("Layout: an understanding image starts its sequence, got one behind cached rows")
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Layout) and (self.sequences, self.device) == (other.sequences, other.device)
-
-    def __hash__(self) -> int:
-        return hash((self.sequences, self.device))
 
     def index(self, values: list[int], dtype: torch.dtype = torch.int64) -> Tensor:
         """A host list as a tensor on the device of the layout."""

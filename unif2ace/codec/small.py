@@ -212,8 +212,8 @@ class SmallCodec(nn.Module):
         save_network(folder, "codec", self, self.config, dtype)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, dtype: torch.dtype = torch.float32) -> SmallCodec:
+    def from_pretrained(cls, folder: str | Path) -> SmallCodec:
         """Read a codec written by `save_pretrained`, in evaluation mode; `UserError` when files are missing or bad."""
         codec = cls(read_config(Path(folder) / "codec.json", SmallCodecConfig))
         load_weights(codec, Path(folder) / "codec.safetensors")
-        return codec.to(dtype).eval()
+        return codec.eval()

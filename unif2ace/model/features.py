@@ -126,11 +126,11 @@ class _SmallEncoder(nn.Module):
         save_network(folder, self.name, self, self.config, dtype)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, dtype: torch.dtype = torch.float32):
+    def from_pretrained(cls, folder: str | Path):
         """Read what `save_pretrained` wrote, in evaluation mode; `UserError` when files are missing or bad."""
         encoder = cls(read_config(Path(folder) / f"{cls.name}.json", TowerConfig))
         load_weights(encoder, Path(folder) / f"{cls.name}.safetensors")
-        return encoder.to(dtype).eval()
+        return encoder.eval()
 
 
 class SmallClipEncoder(_SmallEncoder):
