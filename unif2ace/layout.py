@@ -156,10 +156,10 @@ class Layout:
     @cached_property
     def token_group(self) -> Tensor:
         """[T] int32: 0 understanding, 1 generation."""
-        lengths = self.index([end - start for start, end, _ in self.segments])
-        return self.index([group for *_, group in self.segments], torch.int32).repeat_interleave(
-            lengths, output_size=self.num_rows
-        )
+        groups = torch.empty(self.num_rows, dtype=torch.int32, device=self.device)
+        for start, end, group in self.segments:  # fills on the device: steps of drawing make layouts within a graph
+            groups[start:end] = group
+        return groups
 
     def _image_starts(self, task: str) -> list[int]:
         """Row of soi in every sequence of `task` that has an image."""

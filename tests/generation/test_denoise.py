@@ -68,6 +68,15 @@ def test_the_trace_notices_who_does(traced, monkeypatch, reads):
         run_step(model, slots, plans[0])
 
 
+def test_a_step_sends_nothing_to_the_device(traced, monkeypatch):
+    """What plans and their layouts need is there after the first time. A graph would read freed host memory again."""
+    model, slots, plans = traced
+    run_steps(model, slots, plans)
+    for name in ("tensor", "as_tensor", "from_numpy"):
+        monkeypatch.setattr(torch, name, lambda *a, **k: pytest.fail("numbers of the host became a tensor"))
+    run_steps(model, slots, plans)
+
+
 def test_plans_depend_on_the_schedule_alone():
     model = build_parts().model
     slots, plans = start(model)
