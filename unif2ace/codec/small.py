@@ -34,6 +34,7 @@ from torch.nn import functional as F
 from vector_quantize_pytorch import FSQ
 
 from unif2ace.codec.invariant import Conv2d, GroupNorm, gelu, in_parts
+from unif2ace.codec.pixels import check_images
 from unif2ace.codec.storage import load_weights, read_config, save_network
 from unif2ace.errors import UserError
 
@@ -177,11 +178,7 @@ class SmallCodec(nn.Module):
         Raises `UserError` when the images have another shape or an integer dtype. Call in evaluation mode: in training
         mode the normalisation uses the batch's own statistics.
         """
-        size = self.image_size
-        if images.ndim != 4 or images.shape[1:] != (3, size, size) or not images.is_floating_point():
-            raise UserError(
-                f"codec: images must be floating point [B, 3, {size}, {size}], got {images.dtype} {list(images.shape)}"
-            )
+        check_images("codec", images, self.image_size)
         if not len(images):  # pixel_unshuffle hands an empty batch back unchanged
             return torch.empty(0, self.num_tokens, dtype=torch.long, device=images.device)
         _, codes = self.quantise(self.normalise(in_parts(self.encoder, images)))

@@ -13,10 +13,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from unif2ace.codec.pixels import check_images
 from unif2ace.codec.storage import load_weights, read_config, save_network
 from unif2ace.data.attributes import ATTRIBUTES
 from unif2ace.errors import UserError
-from unif2ace.model.features import ConvTower, check_images
+from unif2ace.model.features import ConvTower
 
 UNKNOWN = -1
 

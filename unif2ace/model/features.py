@@ -26,6 +26,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from unif2ace.codec.invariant import Conv2d, gelu, in_parts
+from unif2ace.codec.pixels import check_images
 from unif2ace.codec.small import ResidualBlock
 from unif2ace.codec.storage import load_weights, read_config, save_network
 from unif2ace.errors import UserError
@@ -48,17 +49,6 @@ class FeatureEncoder(Protocol):
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """images [B, 3, S, S] floating point in [-1, 1] -> [B, num_rows, width]."""
         ...
-
-
-def check_images(owner: str, images: torch.Tensor, size: int | None = None) -> None:
-    """Raise `UserError` unless images are floating point [B, 3, S, S], with S = size where a size is given."""
-    square = images.ndim == 4 and images.shape[1] == 3 and images.shape[2] == images.shape[3]
-    fits = square and images.is_floating_point()
-    if not fits or (size is not None and images.shape[2] != size):
-        side = size or "S"
-        raise UserError(
-            f"{owner}: images must be floating point [B, 3, {side}, {side}], got {images.dtype} {list(images.shape)}"
-        )
 
 
 class ConvTower(nn.Module):
