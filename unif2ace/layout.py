@@ -224,7 +224,7 @@ class Layout:
         blocks, past = self.blocks, any(s.cached for s in sequences)
         if past:
             triples = zip(sequences, starts, bases, strict=True)
-            blocks = tuple(
+            blocks = tuple(  # keys of the batch as if nothing were cached, then where the cached ones are
                 (*block, base, base + s.cached)
                 for s, start, base in triples
                 for block in replace(s, cached=0).blocks(start, start)
