@@ -73,7 +73,7 @@ def test_keys_of_a_cache_come_before_those_of_the_batch(
 
 
 @each_past
-def test_a_cache_is_read_in_place_through_any_strides(blocks: AttentionBlocks):
+def test_a_cache_of_any_strides(blocks: AttentionBlocks):
     rows, (past_k, past_v) = num_rows(blocks), torch.randn(2, 20, 3, 32)
     q, k, v = torch.randn(14, 3, 3, 32).unbind(1)
     found = omni_attention(q[:rows], k, v, blocks, past=(past_k, past_v))
