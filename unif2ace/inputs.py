@@ -58,11 +58,11 @@ def encode_texts(
 
 
 def as_seeds(seed: object, count: int) -> list[int]:
-    """One seed per image: an integer s gives s, s + 1, ...; a sequence must hold `count` integers."""
+    """One seed per image or answer: an integer s gives s, s + 1, ...; a sequence must hold `count` integers."""
     value = seed.tolist() if isinstance(seed, (np.ndarray, np.integer, Tensor)) else seed
     if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
         if len(value) != count:
-            raise UserError(f"seed: expected one integer, or one for each of {count} images, got {len(value)} integers")
+            raise UserError(f"seed: expected one integer or {count} of them, got {len(value)}")
         return [_seed(item) for item in value]
     first = _seed(value)
     return [(first + index) % (MAX_SEED + 1) for index in range(count)]
