@@ -39,7 +39,7 @@ def pipe():
         ("a face", {"seed": 1.0}, "seed: expected an integer"),
         ("a face", {"seed": -1}, "seed: expected an integer"),
         ("a face", {"seed": "7"}, "seed: expected an integer"),
-        ("a face", {"seed": [1, 2]}, "seed: expected one integer or 1 of them, got 2"),
+        ("a face", {"seed": [1, 2]}, "seed: expected one integer or a list of 1, got a list of 2"),
         ("a face", {"seed": [None]}, "seed: expected an integer"),
         ("a face", {"num_images_per_prompt": 0}, "num_images_per_prompt: expected an integer of at least 1, got 0"),
         ("a face", {"batch_size": 0}, "batch_size: expected"),

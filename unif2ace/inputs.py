@@ -62,7 +62,7 @@ def as_seeds(seed: object, count: int) -> list[int]:
     value = seed.tolist() if isinstance(seed, (np.ndarray, np.integer, Tensor)) else seed
     if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
         if len(value) != count:
-            raise UserError(f"seed: expected one integer or {count} of them, got {len(value)}")
+            raise UserError(f"seed: expected one integer or a list of {count}, got a list of {len(value)}")
         return [_seed(item) for item in value]
     first = _seed(value)
     return [(first + index) % (MAX_SEED + 1) for index in range(count)]
