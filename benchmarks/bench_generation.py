@@ -28,7 +28,6 @@ from unif2ace.evaluation import speed
 from unif2ace.generation.engine import GenerationEngine, Request
 from unif2ace.generation.plain import generate_codes
 from unif2ace.generation.schedule import schedule_steps
-from unif2ace.ops import use_backend
 from unif2ace.pipeline import UniF2acePipeline
 
 SAME_SHARE = 0.75  # of the faces must be those of the baseline
@@ -53,17 +52,10 @@ def variants(pipe: UniF2acePipeline, prompts: list[list[int]], steps: int) -> di
     def saving(name: str) -> Callable[[], Tensor]:
         return lambda: draw(pipe.model, prompts, seeds, {name}, **options)
 
-    def on(backend: str, call: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        def run() -> Tensor:
-            with use_backend(backend):
-                return call()
-
-        return run
-
-    calls = {"reference": on("reference", plain), "plain": on("auto", plain)}
+    calls = {"reference": speed.on_backend("reference", plain), "plain": speed.on_backend("auto", plain)}
     if pipe.device.type == "cpu":  # the loop with single savings is a CPU one
-        calls |= {f"plain, {name}": on("auto", saving(name)) for name in SAVINGS}
-    return calls | {"engine": on("auto", engine)}
+        calls |= {f"plain, {name}": speed.on_backend("auto", saving(name)) for name in SAVINGS}
+    return calls | {"engine": speed.on_backend("auto", engine)}
 
 
 def engine_flops(config: UniF2aceConfig, prompts: list[list[int]], steps: int) -> int:
@@ -88,17 +80,17 @@ def engine_flops(config: UniF2aceConfig, prompts: list[list[int]], steps: int) -
     return round(2 * products)
 
 
-@pytest.mark.parametrize("shape", list(shapes.GENERATION))
+@pytest.mark.parametrize("shape", list(shapes.BATCHES))
 def bench_generation(shape: str, device: str, compare: Callable) -> None:
-    size = shapes.GENERATION[shape]
+    size = shapes.BATCHES[shape]
     pipe = load(size.model, device)
-    texts = [speed.PROMPTS[index % len(speed.PROMPTS)] for index in range(size.faces)]
+    texts = [speed.PROMPTS[index % len(speed.PROMPTS)] for index in range(size.requests)]
     prompts = [pipe.tokenizer.encode(text) for text in texts]
     calls = variants(pipe, prompts, size.steps)
 
     def gate(name: str) -> None:
         same = (calls[name]() == expected()).all(1).sum().item()
-        assert same >= SAME_SHARE * size.faces, f"{same} of {size.faces} faces are those of the reference"
+        assert same >= SAME_SHARE * size.requests, f"{same} of {size.requests} faces are those of the reference"
 
     expected = cache(calls["reference"])
     compare(
@@ -110,5 +102,5 @@ def bench_generation(shape: str, device: str, compare: Callable) -> None:
         dtype=pipe.dtype,
         flops=engine_flops(pipe.model.config, prompts, size.steps),
         gate=gate if pipe.dtype == torch.float32 else None,
-        items=(size.faces, "faces"),
+        items=(size.requests, "faces"),
     )
