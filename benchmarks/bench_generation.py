@@ -36,18 +36,31 @@ GUIDANCE = 3.0
 load = cache(speed.load)  # one model for all of its benchmarks
 
 
-def variants(pipe: UniF2acePipeline, prompts: list[list[int]], steps: int) -> dict[str, Callable[[], Tensor]]:
+def encoded_prompts(pipe: UniF2acePipeline, size: shapes.BatchShape) -> list[list[int]]:
+    """Token ids of one prompt per face."""
+    return [pipe.tokenizer.encode(speed.PROMPTS[index % len(speed.PROMPTS)]) for index in range(size.requests)]
+
+
+def drawing_by_engine(pipe: UniF2acePipeline, size: shapes.BatchShape) -> Callable[[], Tensor]:
+    """A call that draws one face per prompt by the batch engine and returns codes [B, N]."""
+    prompts, options = encoded_prompts(pipe, size), {"steps": size.steps, "guidance": GUIDANCE}
+
+    def run() -> Tensor:
+        engine = GenerationEngine(pipe.model, pipe.codec, len(prompts), max_prompt_tokens=max(map(len, prompts)))
+        requests = [Request(prompt, [seed], key=seed, **options) for seed, prompt in enumerate(prompts)]
+        faces = sorted(engine.stream(requests), key=lambda face: face.request.key)
+        return torch.stack([face.codes for face in faces])
+
+    return run
+
+
+def variants(pipe: UniF2acePipeline, size: shapes.BatchShape) -> dict[str, Callable[[], Tensor]]:
     """Name -> a call that draws one face per prompt and returns codes [B, N]."""
-    seeds, options = range(len(prompts)), {"steps": steps, "guidance": GUIDANCE}
+    prompts, options = encoded_prompts(pipe, size), {"steps": size.steps, "guidance": GUIDANCE}
+    seeds = range(len(prompts))
 
     def plain() -> Tensor:
         return generate_codes(pipe.model, prompts, seeds, **options)
-
-    def engine() -> Tensor:
-        engine = GenerationEngine(pipe.model, pipe.codec, len(prompts), max_prompt_tokens=max(map(len, prompts)))
-        requests = [Request(prompt, [seed], key=seed, **options) for prompt, seed in zip(prompts, seeds, strict=True)]
-        faces = sorted(engine.stream(requests), key=lambda face: face.request.key)
-        return torch.stack([face.codes for face in faces])
 
     def saving(name: str) -> Callable[[], Tensor]:
         return lambda: draw(pipe.model, prompts, seeds, {name}, **options)
@@ -55,7 +68,7 @@ def variants(pipe: UniF2acePipeline, prompts: list[list[int]], steps: int) -> di
     calls = {"reference": speed.on_backend("reference", plain), "plain": speed.on_backend("auto", plain)}
     if pipe.device.type == "cpu":  # the loop with single savings is a CPU one
         calls |= {f"plain, {name}": speed.on_backend("auto", saving(name)) for name in SAVINGS}
-    return calls | {"engine": speed.on_backend("auto", engine)}
+    return calls | {"engine": speed.on_backend("auto", drawing_by_engine(pipe, size))}
 
 
 def engine_flops(config: UniF2aceConfig, prompts: list[list[int]], steps: int) -> int:
@@ -84,9 +97,7 @@ def engine_flops(config: UniF2aceConfig, prompts: list[list[int]], steps: int) -
 def bench_generation(shape: str, device: str, compare: Callable) -> None:
     size = shapes.BATCHES[shape]
     pipe = load(size.model, device)
-    texts = [speed.PROMPTS[index % len(speed.PROMPTS)] for index in range(size.requests)]
-    prompts = [pipe.tokenizer.encode(text) for text in texts]
-    calls = variants(pipe, prompts, size.steps)
+    calls = variants(pipe, size)
 
     def gate(name: str) -> None:
         same = (calls[name]() == expected()).all(1).sum().item()
@@ -100,7 +111,7 @@ def bench_generation(shape: str, device: str, compare: Callable) -> None:
         shape=shape,
         case="forward",
         dtype=pipe.dtype,
-        flops=engine_flops(pipe.model.config, prompts, size.steps),
+        flops=engine_flops(pipe.model.config, encoded_prompts(pipe, size), size.steps),
         gate=gate if pipe.dtype == torch.float32 else None,
         items=(size.requests, "faces"),
     )

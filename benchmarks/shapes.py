@@ -305,6 +305,7 @@ SHORT = {
         "transformers": ("qwen3_moe-512", "qwen3_moe-decode-4"),
         "generation": ("avatars-tiny-1",),
         "answers": ("avatars-tiny-1",),
+        "compile": (),
     },
     "cuda": {
         "experts": ("decode-1", *EXPERTS_GRID, "h100-liger", "h100-sonic"),
@@ -319,6 +320,7 @@ SHORT = {
         "transformers": ("qwen3_moe-30b",),
         "generation": ("random-1.8b-32",),
         "answers": ("random-1.8b-32",),
+        "compile": ("random-1.8b-32",),
     },
 }
 
