@@ -8,8 +8,7 @@ would hide the rest of so small a batch (`speed.RANDOM_SIZE`).
 Where a back end runs every op it is the variant; elsewhere "auto" is, which takes the best one per op. The gate, in
 float32: drawn faces and answers are those of the reference, but for a few that one code of another rounding changed.
 
-Goals on two CPU cores, native against reference: faces 3x, training tokens 1.5x, for both models; answers 5x against
-recomputing everything for every token ("show-o").
+Goals on two CPU cores, native against reference: faces 3x, training tokens 1.5x, for both models.
 """
 
 from __future__ import annotations
@@ -19,14 +18,11 @@ from functools import cache
 
 import pytest
 import torch
-from PIL import Image
 
 from benchmarks import shapes
 from unif2ace.evaluation import speed
-from unif2ace.inputs import as_pixels
-from unif2ace.ops import BACKENDS, linear
-from unif2ace.pipeline import CAPTION_REQUEST, OPS, UniF2acePipeline
-from unif2ace.vocabulary import pack_understanding
+from unif2ace.ops import BACKENDS
+from unif2ace.pipeline import OPS, UniF2acePipeline
 
 TRAINING_OPS = (*OPS, "diffusion_loss")
 SAME_SHARE = 0.75  # of the results must be those of the reference
@@ -36,7 +32,7 @@ load = cache(speed.load)  # one model for all of its benchmarks
 
 def variants(workload: speed.Workload, names: list[str]) -> dict[str, Callable[[], object]]:
     """The workload on each of the back ends."""
-    return {name: speed.on_backend(name, workload) for name in names}
+    return {name: speed.on_backend(name, workload.call) for name in names}
 
 
 def names_for(ops: tuple[str, ...], dtype: torch.dtype, backends: Callable) -> list[str]:
@@ -58,46 +54,15 @@ def same_results(pipe: UniF2acePipeline, calls: dict[str, Callable[[], list]]) -
     return check
 
 
-@torch.no_grad()
-def answers_by_recomputing(pipe: UniF2acePipeline, images: list[Image.Image], questions: list[str]) -> list[str]:
-    """Answers as Show-o's published code decodes them, image, question and answer so far in full for every token; but
-    for all questions in one batch, and on our fastest ops.
-    """
-    model, limit = pipe.model, pipe.defaults.max_new_tokens
-    vocabulary = model.vocabulary
-    weight, bias = model.head.weight[: vocabulary.n_text], model.head.bias[: vocabulary.n_text]
-    pixels, which = as_pixels("image", images, pipe.image_size)
-    codes, features = pipe.read_images(pixels)
-    texts = [pipe.tokenizer.encode_question(question) for question in questions]
-    answers: list[list[int]] = [[] for _ in questions]
-    active = list(range(len(questions)))
-    for _ in range(limit):
-        rows = [which[i] for i in active]
-        batch = pack_understanding(vocabulary, codes[rows], [texts[i] + answers[i] for i in active])
-        hidden = model(batch, features={name: value[rows] for name, value in features.items()}).hidden
-        tokens = linear(hidden[batch.layout.last_rows], weight, bias).argmax(1).tolist()
-        for i, token in zip(active, tokens, strict=True):
-            answers[i] += [token] * (token != vocabulary.eot)
-        active = [i for i, token in zip(active, tokens, strict=True) if token != vocabulary.eot]
-        if not active:
-            break
-    return [pipe.tokenizer.decode(answer) for answer in answers]
-
-
 @pytest.mark.parametrize("shape", list(shapes.MODELS))
-@pytest.mark.parametrize("what", ["generate", "answer", "caption"])
+@pytest.mark.parametrize("what", ["generate", "answer"])
 def bench_inference(what: str, shape: str, device: str, backends: Callable, compare: Callable) -> None:
     size, pipe = shapes.MODELS[shape], load(shape, device)
     if what == "generate":
         workload = speed.drawing(pipe, size.faces, size.steps)
     else:
-        workload = (speed.answering if what == "answer" else speed.describing)(pipe, size.faces)
+        workload = speed.answering(pipe, size.faces)
     calls = variants(workload, names_for(OPS, pipe.dtype, backends))
-    if what != "generate":
-        images, questions = speed.asked(pipe, size.faces)
-        if what == "caption":
-            images, questions = speed.described(pipe, size.faces), [CAPTION_REQUEST] * size.faces
-        calls["show-o: full recompute"] = lambda: answers_by_recomputing(pipe, images, questions)
     compare(
         calls,
         baseline="reference",

@@ -28,7 +28,6 @@ from unif2ace.evaluation import speed
 from unif2ace.generation.engine import GenerationEngine, Request
 from unif2ace.generation.plain import generate_codes
 from unif2ace.generation.schedule import schedule_steps
-from unif2ace.ops import use_backend
 from unif2ace.pipeline import UniF2acePipeline
 
 SAME_SHARE = 0.75  # of the faces must be those of the baseline
@@ -37,33 +36,39 @@ GUIDANCE = 3.0
 load = cache(speed.load)  # one model for all of its benchmarks
 
 
-def variants(pipe: UniF2acePipeline, prompts: list[list[int]], steps: int) -> dict[str, Callable[[], Tensor]]:
+def encoded_prompts(pipe: UniF2acePipeline, size: shapes.BatchShape) -> list[list[int]]:
+    """Token ids of one prompt per face."""
+    return [pipe.tokenizer.encode(speed.PROMPTS[index % len(speed.PROMPTS)]) for index in range(size.requests)]
+
+
+def drawing_by_engine(pipe: UniF2acePipeline, size: shapes.BatchShape) -> Callable[[], Tensor]:
+    """A call that draws one face per prompt by the batch engine and returns codes [B, N]."""
+    prompts, options = encoded_prompts(pipe, size), {"steps": size.steps, "guidance": GUIDANCE}
+
+    def run() -> Tensor:
+        engine = GenerationEngine(pipe.model, pipe.codec, len(prompts), max_prompt_tokens=max(map(len, prompts)))
+        requests = [Request(prompt, [seed], key=seed, **options) for seed, prompt in enumerate(prompts)]
+        faces = sorted(engine.stream(requests), key=lambda face: face.request.key)
+        return torch.stack([face.codes for face in faces])
+
+    return run
+
+
+def variants(pipe: UniF2acePipeline, size: shapes.BatchShape) -> dict[str, Callable[[], Tensor]]:
     """Name -> a call that draws one face per prompt and returns codes [B, N]."""
-    seeds, options = range(len(prompts)), {"steps": steps, "guidance": GUIDANCE}
+    prompts, options = encoded_prompts(pipe, size), {"steps": size.steps, "guidance": GUIDANCE}
+    seeds = range(len(prompts))
 
     def plain() -> Tensor:
         return generate_codes(pipe.model, prompts, seeds, **options)
 
-    def engine() -> Tensor:
-        engine = GenerationEngine(pipe.model, pipe.codec, len(prompts), max_prompt_tokens=max(map(len, prompts)))
-        requests = [Request(prompt, [seed], key=seed, **options) for prompt, seed in zip(prompts, seeds, strict=True)]
-        faces = sorted(engine.stream(requests), key=lambda face: face.request.key)
-        return torch.stack([face.codes for face in faces])
-
     def saving(name: str) -> Callable[[], Tensor]:
         return lambda: draw(pipe.model, prompts, seeds, {name}, **options)
 
-    def on(backend: str, call: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        def run() -> Tensor:
-            with use_backend(backend):
-                return call()
-
-        return run
-
-    calls = {"reference": on("reference", plain), "plain": on("auto", plain)}
+    calls = {"reference": speed.on_backend("reference", plain), "plain": speed.on_backend("auto", plain)}
     if pipe.device.type == "cpu":  # the loop with single savings is a CPU one
-        calls |= {f"plain, {name}": on("auto", saving(name)) for name in SAVINGS}
-    return calls | {"engine": on("auto", engine)}
+        calls |= {f"plain, {name}": speed.on_backend("auto", saving(name)) for name in SAVINGS}
+    return calls | {"engine": speed.on_backend("auto", drawing_by_engine(pipe, size))}
 
 
 def engine_flops(config: UniF2aceConfig, prompts: list[list[int]], steps: int) -> int:
@@ -88,17 +93,15 @@ def engine_flops(config: UniF2aceConfig, prompts: list[list[int]], steps: int) -
     return round(2 * products)
 
 
-@pytest.mark.parametrize("shape", list(shapes.GENERATION))
+@pytest.mark.parametrize("shape", list(shapes.BATCHES))
 def bench_generation(shape: str, device: str, compare: Callable) -> None:
-    size = shapes.GENERATION[shape]
+    size = shapes.BATCHES[shape]
     pipe = load(size.model, device)
-    texts = [speed.PROMPTS[index % len(speed.PROMPTS)] for index in range(size.faces)]
-    prompts = [pipe.tokenizer.encode(text) for text in texts]
-    calls = variants(pipe, prompts, size.steps)
+    calls = variants(pipe, size)
 
     def gate(name: str) -> None:
         same = (calls[name]() == expected()).all(1).sum().item()
-        assert same >= SAME_SHARE * size.faces, f"{same} of {size.faces} faces are those of the reference"
+        assert same >= SAME_SHARE * size.requests, f"{same} of {size.requests} faces are those of the reference"
 
     expected = cache(calls["reference"])
     compare(
@@ -108,7 +111,7 @@ def bench_generation(shape: str, device: str, compare: Callable) -> None:
         shape=shape,
         case="forward",
         dtype=pipe.dtype,
-        flops=engine_flops(pipe.model.config, prompts, size.steps),
+        flops=engine_flops(pipe.model.config, encoded_prompts(pipe, size), size.steps),
         gate=gate if pipe.dtype == torch.float32 else None,
-        items=(size.faces, "faces"),
+        items=(size.requests, "faces"),
     )

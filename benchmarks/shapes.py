@@ -113,11 +113,11 @@ class ModelShape:
 
 
 @dataclass(frozen=True)
-class GenerationShape:
-    """A batch of faces drawn by a model of `unif2ace.evaluation.speed`."""
+class BatchShape:
+    """So many requests at once to a model of `unif2ace.evaluation.speed`: faces, drawn in `steps`, or answers."""
 
     model: str
-    faces: int
+    requests: int
     steps: int = 18
 
 
@@ -261,12 +261,12 @@ MODELS = {
     "random-1.8b": ModelShape(32, 4, (24, 8), update=False),
 }
 
-GENERATION = {
-    "avatars-tiny-1": GenerationShape("avatars-tiny", 1),
-    "avatars-tiny-32": GenerationShape("avatars-tiny", 32),
-    "random-100m-1": GenerationShape("random-100m", 1),
-    "random-100m-32": GenerationShape("random-100m", 32, 4),  # a step takes seconds on a laptop
-    "random-1.8b-32": GenerationShape("random-1.8b", 32, 6),
+BATCHES = {
+    "avatars-tiny-1": BatchShape("avatars-tiny", 1),
+    "avatars-tiny-32": BatchShape("avatars-tiny", 32),
+    "random-100m-1": BatchShape("random-100m", 1),
+    "random-100m-32": BatchShape("random-100m", 32, 4),  # a step takes seconds on a laptop
+    "random-1.8b-32": BatchShape("random-1.8b", 32, 6),
 }
 
 LINEAR = {
@@ -304,6 +304,8 @@ SHORT = {
         "e2e": ("avatars-tiny",),
         "transformers": ("qwen3_moe-512", "qwen3_moe-decode-4"),
         "generation": ("avatars-tiny-1",),
+        "answers": ("avatars-tiny-1",),
+        "compile": (),
     },
     "cuda": {
         "experts": ("decode-1", *EXPERTS_GRID, "h100-liger", "h100-sonic"),
@@ -317,6 +319,8 @@ SHORT = {
         "linear": ("decode-8", "train"),
         "transformers": ("qwen3_moe-30b",),
         "generation": ("random-1.8b-32",),
+        "answers": ("random-1.8b-32",),
+        "compile": ("random-1.8b-32",),
     },
 }
 

@@ -140,7 +140,7 @@ def test_back_ends_are_timed_in_turn():
 def test_a_workload_runs_on_the_back_end_it_is_bound_to():
     seen = []
     work = speed.Workload("calls", 1, lambda: seen.append(default_backend()))
-    speed.on_backend("reference", work)()
+    speed.on_backend("reference", work.call)()
     work.call()
     assert seen == ["reference", "auto"]
 

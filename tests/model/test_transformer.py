@@ -52,6 +52,16 @@ def test_understanding_image_rows_never_see_text(model, make):
         assert not torch.allclose(x[sequence.prefix + 1 :], y[sequence.prefix + 1 :])
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning")  # dynamo's, about torch's own settings
+def test_compiled_layers_compute_the_same(build_model, make):
+    model, parts = build_model(), [make("generation", [5, 2]), make("understanding", [4, 0, 1])]
+    expected = [run(model, made) for made in parts]
+    model.compile_layers()
+    for made, hidden in zip(parts, expected, strict=True):
+        close(run(model, made), hidden)
+
+
 @pytest.mark.parametrize("task", ["generation", "understanding"])
 def test_order_of_sequences_does_not_matter(model, make, task):
     made = make(task, [3, 0, 6, 1])

@@ -3,7 +3,7 @@
 Rounds go through all back ends in turn, so that a machine that slows down slows all of them: the ratio of two medians
 of one run means something where absolute times do not. A first round, untimed, fills caches and loads kernels.
 
-What is timed is a `Workload`: `drawing`, `answering` and `training` make them, `on_backend` binds one to a back end.
+What is timed is a `Workload`: `drawing`, `answering` and `training` make them, `on_backend` binds a call to a back end.
 `load` knows two models more than the pipeline does, with random weights: they draw noise, at a trained model's speed.
 `random-100m` stands between the tokenizer, codec and encoders of `avatars-tiny`, and its products are large enough to
 matter; `random-1.8b` has the shape of `unif2ace-1.8b`, with 256 tokens of 8192 codes for pictures of 128 pixels.
@@ -17,7 +17,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -46,6 +46,9 @@ RANDOM_MODELS: dict[str, tuple[str, dict[str, object]]] = {  # name -> preset, a
 CODEC_LEVELS = (8, 8, 8, 4, 4)  # 8192 codes
 PROMPTS = ("a smiling person with red hair", "a fair face, wearing round glasses, in a blue hoodie")
 QUESTIONS = ("What color is the hair?", "What is the mouth doing?", "What eyewear is worn?", "What clothing is worn?")
+
+
+T = TypeVar("T")
 
 
 class Size(NamedTuple):
@@ -118,9 +121,14 @@ def drawing(pipe: UniF2acePipeline, faces: int = 8, steps: int | None = None) ->
     return Workload("faces", faces, lambda: pipe.generate(prompts, steps=steps, batch_size=faces))
 
 
+def pictures(pipe: UniF2acePipeline, faces: int) -> list[Image.Image]:
+    """Pictures of a batch of faces, drawn in one step."""
+    return pipe.generate([PROMPTS[index % len(PROMPTS)] for index in range(faces)], steps=1)
+
+
 def asked(pipe: UniF2acePipeline, faces: int) -> tuple[list[Image.Image], list[str]]:
     """Pictures and questions: four about each of a batch of faces."""
-    images = [image for image in described(pipe, faces) for _ in QUESTIONS]
+    images = [image for image in pictures(pipe, faces) for _ in QUESTIONS]
     return images, list(QUESTIONS) * faces
 
 
@@ -128,17 +136,6 @@ def answering(pipe: UniF2acePipeline, faces: int = 8) -> Workload:
     """Answer four questions about each of a batch of faces."""
     images, questions = asked(pipe, faces)
     return Workload("answers", len(images), lambda: pipe.answer(images, questions, batch_size=len(images)))
-
-
-def described(pipe: UniF2acePipeline, faces: int) -> list[Image.Image]:
-    """Pictures of a batch of faces."""
-    return pipe.generate([PROMPTS[index % len(PROMPTS)] for index in range(faces)], steps=1)
-
-
-def describing(pipe: UniF2acePipeline, faces: int = 8) -> Workload:
-    """Describe a batch of faces, one sentence each."""
-    images = described(pipe, faces)
-    return Workload("captions", faces, lambda: pipe.caption(images, batch_size=faces))
 
 
 def training(
@@ -173,14 +170,14 @@ def training(
     return Workload("tokens", batch.packed.layout.num_rows, step)
 
 
-def on_backend(backend: str, workload: Workload) -> Callable[[], object]:
-    """The workload's call with every op on `backend`."""
+def on_backend(backend: str, call: Callable[[], T]) -> Callable[[], T]:
+    """`call` with every op on `backend`."""
 
-    def call() -> object:
+    def run() -> T:
         with use_backend(backend):
-            return workload.call()
+            return call()
 
-    return call
+    return run
 
 
 def compare_backends(
@@ -202,7 +199,7 @@ def compare_backends(
         for backend in backends:
             for workload in workloads:
                 started = time.perf_counter()
-                on_backend(backend, workload)()
+                on_backend(backend, workload.call)()
                 if pipe.device.type == "cuda":
                     torch.cuda.synchronize()
                 if number:
@@ -223,7 +220,7 @@ def trace_backends(pipe: UniF2acePipeline, workloads: Sequence[Workload], backen
     events: list[tracing.Event] = []
     for backend in backends:
         for workload in workloads:
-            call = on_backend(backend, workload)
+            call = on_backend(backend, workload.call)
             call()  # what a first call loads and compiles is not worth looking at
             events += tracing.trace_call(call, f"{workload.unit}: {backend}")
     tracing.write_trace(path, events)

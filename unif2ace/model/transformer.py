@@ -210,6 +210,15 @@ class UniF2ace(nn.Module):
             cache.advance(layout)
         return ModelOutput(self.final_norm(x if rows is None else x.index_select(0, rows)), plans, sequence_plans)
 
+    def compile_layers(self) -> None:
+        """Let `torch.compile` fuse what lies between the ops of each layer; the ops themselves stay as they are.
+
+        Optional, for a model about to run: it takes some seconds per shape of a batch, results differ by roundings, and
+        copies of the model would run the layers of this one. `benchmarks/bench_compile.py` tells whether it pays.
+        """
+        for layer in self.layers:
+            layer.tokenwise, layer.mix = torch.compile(layer.tokenwise), torch.compile(layer.mix)
+
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write `config.json` and `model.safetensors` (optionally stored as `dtype`), each complete or not at all."""
         weights.save(Path(folder), self.config, self.state_dict(), dtype)
