@@ -41,9 +41,10 @@ class Half:
             self.cache = model.new_cache(len(texts), max(map(len, texts)) + 3)
             model(pack_generation(self.vocabulary, texts), cache=self.cache)
             self.batch = pack_generation_step(self.vocabulary, codes, self.cache.lengths)
-            self.layer, self.seen = FirstLayer(model, len(texts)), torch.full_like(self.batch.token_ids, -1)
         else:
             self.batch = pack_generation(self.vocabulary, texts, codes)
+        if "layer 0" in savings:
+            self.layer, self.seen = FirstLayer(model, len(texts)), torch.full_like(self.batch.token_ids, -1)
 
     def run(self, codes: Tensor, step: int, ratio: float) -> tuple[Tensor, Tensor]:
         """Hidden rows [T, H] of a pass, and which of them belong to codes [B, N]."""

@@ -45,7 +45,7 @@ def test_generation_layout():
     second = [T2I, 2, 2, SOI, 34, 38, 36, 37, EOI]  # the unconditional prompt
     assert batch.token_ids.tolist() == first + second
     layout = batch.layout
-    assert batch.positions.tolist() == [*range(12), *range(9)]
+    assert batch.layout.positions.tolist() == [*range(12), *range(9)]
     assert layout.token_group.tolist() == [1] * 21
     assert layout.token_group.dtype == torch.int32
     assert layout.image_rows.tolist() == [*range(6, 12), *range(15, 21)]
@@ -53,20 +53,12 @@ def test_generation_layout():
     assert layout.image_offsets.tolist() == [0, 6, 12]
     assert layout.num_images == (0, 2)
     assert layout.blocks == ((0, 6, 0, 6, True), (6, 12, 0, 12, False), (12, 15, 12, 15, True), (15, 21, 12, 21, False))
-    assert batch.with_codes(SMALL, CODES.flip(0)).token_ids[layout.code_rows].tolist() == [
-        34,
-        38,
-        36,
-        37,
-        30,
-        31,
-        32,
-        33,
-    ]
+    flipped = batch.with_codes(SMALL, CODES.flip(0))
+    assert flipped.token_ids[layout.code_rows].tolist() == [34, 38, 36, 37, 30, 31, 32, 33]
 
 
 def test_understanding_layout():
-    batch = pack_understanding(SMALL, CODES[:, :4] % 8, [[5], [6, 7]], [[9, 10], []])
+    batch = pack_understanding(SMALL, CODES % 8, [[5, 9, 10, 2], [6, 7, 2]])
     first = [MMU, SOI, 30, 31, 32, 33, EOI, 2, 5, 9, 10, 2]
     second = [MMU, SOI, 34, 30, 36, 37, EOI, 2, 6, 7, 2]
     layout = batch.layout
@@ -74,11 +66,7 @@ def test_understanding_layout():
     assert layout.token_group.tolist() == [0] * 23
     assert layout.image_rows.tolist() == [*range(1, 7), *range(13, 19)]
     assert layout.blocks == ((0, 7, 0, 7, False), (7, 12, 0, 12, True), (12, 19, 12, 19, False), (19, 23, 12, 23, True))
-    assert layout.answer_rows.tolist() == [8, 9, 10, 21]
-    assert batch.answer_targets().tolist() == [9, 10, 2, 2]
-    prefix = pack_understanding(SMALL, CODES, [[5], [6, 7]])
-    assert prefix.layout.last_rows.tolist() == [8, 18]
-    assert len(prefix.layout.answer_rows) == 0
+    assert layout.last_rows.tolist() == [11, 22]
 
 
 def test_mixed_batch_lists_understanding_images_first():
@@ -100,7 +88,7 @@ def test_cached_steps():
     step = pack_generation_step(SMALL, CODES, [6, 3])
     access = step.layout.cache_access(20)
     assert step.layout.image_rows_are_all
-    assert step.positions.tolist() == [*range(6, 12), *range(3, 9)]
+    assert step.layout.positions.tolist() == [*range(6, 12), *range(3, 9)]
     assert access.past
     assert access.blocks == ((0, 6, 0, 6, False, 0, 6), (6, 12, 6, 12, False, 20, 23))  # the texts, then themselves
     assert access.slots.tolist() == access.stored.tolist() == []
@@ -110,7 +98,7 @@ def test_cached_steps():
     assert access.slots.tolist() == [29, 11]
     assert access.stored is None
     assert not access.past
-    assert text.positions.tolist() == [9, 11]
+    assert text.layout.positions.tolist() == [9, 11]
 
 
 def test_who_continues_text():
@@ -132,14 +120,11 @@ def test_first_passes_store_the_text_alone():
     assert not access.past
 
 
-def test_layouts_are_equal_by_content_and_derive_once():
-    one, two = (pack_generation(SMALL, [[5]], CODES[:1]).layout for _ in range(2))
-    assert one == two
-    assert hash(one) == hash(two)
+def test_layouts_derive_once():
+    one = pack_generation(SMALL, [[5]], CODES[:1]).layout
     assert one.to("cpu") is one
     assert one.image_rows is one.image_rows
     assert one.rotary(4, 1e4, torch.float32) is one.rotary(4, 1e4, torch.float32)
-    assert one != Layout([], "cpu")
     assert Layout([]).num_rows == 0
     assert Layout([]).positions.tolist() == []
 
@@ -153,7 +138,7 @@ def test_layouts_are_equal_by_content_and_derive_once():
         (lambda: pack_generation(SMALL, [[1]], CODES[:1] + 9), "codes must lie in 0..8"),
         (lambda: pack_generation(SMALL, [[1]], CODES[0]), r"codes must be integers \[B, N\]"),
         (lambda: pack_generation(SMALL, [[1]], CODES[:1].float()), "float32"),
-        (lambda: pack_understanding(SMALL, CODES, [[1], [2]], [[1]]), "got 1 texts and 2 images"),
+        (lambda: pack_understanding(SMALL, CODES, [[1]]), "got 1 texts and 2 images"),
         (lambda: pack_generation(SMALL, [[1]], CODES[:1]).with_codes(SMALL, CODES), "with_codes: codes must be"),
         (
             lambda: Layout([SequenceLayout("generation", 1, 6), SequenceLayout("generation", 1, 3)]),

@@ -116,7 +116,7 @@ def _download(name: str) -> Path:
 
 def load_defaults(folder: Path) -> GenerationConfig:
     """How the model in `folder` draws and answers unless it is told otherwise."""
-    return GenerationConfig(**read_config(folder / GENERATION_FILE, GenerationConfig))
+    return read_config(folder / GENERATION_FILE, GenerationConfig)
 
 
 def model_sha256(folder: Path) -> str:
@@ -159,10 +159,10 @@ def save_parts(parts: Parts, folder: Path) -> Path:
             folder.rename(old)
         partial.rename(folder)
     except OSError as error:
-        if old.exists() and not folder.exists():
-            old.rename(folder)
         raise UserError(f"{folder}: cannot write the model: {error.strerror or error}") from error
     finally:
+        if old.exists() and not folder.exists():  # failed or interrupted between the two renames
+            old.rename(folder)
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
     return folder

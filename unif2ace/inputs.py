@@ -17,13 +17,13 @@ from torch import Tensor
 
 from unif2ace.data.text import END_OF_TEXT, TextTokenizer
 from unif2ace.errors import UserError
+from unif2ace.generation.settings import MAX_SEED
 
-MAX_SEED = 2**64 - 1
 KEEP_LEVEL = 128  # grey masks: from here on a pixel counts as white
 
 
-def as_texts(name: str, value: object) -> list[str]:
-    """A string or a sequence of strings as a list of non-empty strings."""
+def as_texts(name: str, value: object, blank: bool = False) -> list[str]:
+    """A string or a sequence of strings as a list of non-empty strings; with `blank`, of white space alone too."""
     texts = [value] if isinstance(value, str) else list(value) if isinstance(value, Sequence) else None
     if texts is None or isinstance(value, bytes):
         raise UserError(f"{name}: expected a string or a list of strings, got {type(value).__name__}")
@@ -33,7 +33,7 @@ def as_texts(name: str, value: object) -> list[str]:
         where = name if len(texts) == 1 else f"{name}[{index}]"
         if not isinstance(text, str):
             raise UserError(f"{where}: expected a string, got {type(text).__name__}")
-        if not text.strip():
+        if not (text if blank else text.strip()):
             raise UserError(f"{where}: expected some text, got an empty string")
         if END_OF_TEXT in text:
             raise UserError(f"{where}: expected plain text, got the control token {END_OF_TEXT}")
@@ -58,11 +58,11 @@ def encode_texts(
 
 
 def as_seeds(seed: object, count: int) -> list[int]:
-    """One seed per image: an integer s gives s, s + 1, ...; a sequence must hold `count` integers."""
+    """One seed per image or answer: an integer s gives s, s + 1, ...; a sequence must hold `count` integers."""
     value = seed.tolist() if isinstance(seed, (np.ndarray, np.integer, Tensor)) else seed
     if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
         if len(value) != count:
-            raise UserError(f"seed: expected one integer, or one for each of {count} images, got {len(value)} integers")
+            raise UserError(f"seed: expected one integer or a list of {count}, got a list of {len(value)}")
         return [_seed(item) for item in value]
     first = _seed(value)
     return [(first + index) % (MAX_SEED + 1) for index in range(count)]

@@ -28,15 +28,14 @@ from unif2ace.ops.omni_attention import AttentionBlocks
 class SequenceLayout:
     """One sequence of a packed batch, in row counts.
 
-    `text` counts text rows with their control tokens (t2i, sot, eot), `image` is N + 2 or 0, `answer` says how many of
-    the last text rows are trained answer tokens (with eot). `cached` rows already lie in row `cache_row` of the cache.
+    `text` counts text rows with their control tokens (t2i, sot, eot), `image` is N + 2 or 0. `cached` rows already lie
+    in row `cache_row` of the cache.
     """
 
     task: str
     text: int
     image: int
     cached: int = 0
-    answer: int = 0
     cache_row: int = 0
 
     @property
@@ -99,7 +98,7 @@ class CacheAccess(NamedTuple):
 class Layout:
     """Host-side description of a packed batch and the index tensors derived from it, each built once on first use.
 
-    Equal and hashable by (sequences, device). All sequences with image rows must have the same number of them.
+    All sequences with image rows must have the same number of them.
     """
 
     def __init__(self, sequences: Sequence[SequenceLayout], device: torch.device | str = "cpu") -> None:
@@ -113,12 +112,6 @@ class Layout:
             raise UserError(f"Layout: all images of a batch must have one number of tokens, got image rows {lengths}")
         if any(s.task == "understanding" and s.image and s.cached for s in self.sequences):
             raise UserError("Layout: an understanding image starts its sequence, got one behind cached rows")
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Layout) and (self.sequences, self.device) == (other.sequences, other.device)
-
-    def __hash__(self) -> int:
-        return hash((self.sequences, self.device))
 
     def index(self, values: list[int], dtype: torch.dtype = torch.int64) -> Tensor:
         """A host list as a tensor on the device of the layout."""
@@ -163,10 +156,10 @@ class Layout:
     @cached_property
     def token_group(self) -> Tensor:
         """[T] int32: 0 understanding, 1 generation."""
-        lengths = self.index([end - start for start, end, _ in self.segments])
-        return self.index([group for *_, group in self.segments], torch.int32).repeat_interleave(
-            lengths, output_size=self.num_rows
-        )
+        groups = torch.empty(self.num_rows, dtype=torch.int32, device=self.device)
+        for start, end, group in self.segments:  # fills on the device: steps of drawing make layouts within a graph
+            groups[start:end] = group
+        return groups
 
     def _image_starts(self, task: str) -> list[int]:
         """Row of soi in every sequence of `task` that has an image."""
@@ -211,12 +204,6 @@ class Layout:
         return self.index([end - 1 for end in self.starts[1:]])
 
     @cached_property
-    def answer_rows(self) -> Tensor:
-        """[A] int64 rows that predict a trained answer token (the target is the token of the next row)."""
-        pairs = zip(self.sequences, self.starts[1:], strict=True)
-        return self.ranges([end - s.answer - 1 for s, end in pairs], [s.answer for s in self.sequences])
-
-    @cached_property
     def blocks(self) -> AttentionBlocks:
         """Attention blocks when the keys are the rows of this batch (no cache)."""
         return _blocks(self.sequences, self.starts[:-1], self.starts[:-1])
@@ -237,7 +224,7 @@ class Layout:
         blocks, past = self.blocks, any(s.cached for s in sequences)
         if past:
             triples = zip(sequences, starts, bases, strict=True)
-            blocks = tuple(
+            blocks = tuple(  # keys of the batch as if nothing were cached, then where the cached ones are
                 (*block, base, base + s.cached)
                 for s, start, base in triples
                 for block in replace(s, cached=0).blocks(start, start)

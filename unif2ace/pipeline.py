@@ -31,7 +31,7 @@ from unif2ace.errors import UserError
 from unif2ace.generation.answer_text import AnswerText, has_stop
 from unif2ace.generation.decoding import stream_answers
 from unif2ace.generation.draw import ENGINES, DrawingTask
-from unif2ace.generation.settings import MAX_TEMPERATURE, GenerationConfig, check_count, check_number, to_signed
+from unif2ace.generation.settings import GenerationConfig, check_answering, check_count, to_signed
 from unif2ace.ops import BACKENDS, _registry, use_backend
 
 # What generating and answering run.
@@ -261,16 +261,12 @@ class UniF2acePipeline:
         number = max(len(which), len(texts))
         which = which * number if len(which) == 1 else which
         settings = self.defaults.override(max_new_tokens=max_new_tokens)
-        check_number("temperature", temperature, MAX_TEMPERATURE)
-        if top_k is not None:
-            check_count("top_k", top_k)
-        if top_p is not None and check_number("top_p", top_p, 1.0) == 0.0:
-            raise UserError(f"top_p: expected a number above 0 and up to 1, got {top_p!r}")
+        check_answering(settings.max_new_tokens, temperature, top_k, top_p)
         seeds = [to_signed(value) for value in inputs.as_seeds(seed, number)]
         check_count("batch_size", batch_size)
         encoded = inputs.encode_texts("question", texts, self.tokenizer, settings.max_prompt_tokens, question=True)
         encoded = encoded * number if len(encoded) == 1 else encoded
-        stops = inputs.as_texts("stop", stop) if stop else []
+        stops = inputs.as_texts("stop", stop, blank=True) if stop else []
         decoding = {
             "max_new_tokens": settings.max_new_tokens,
             "temperature": temperature,
@@ -283,13 +279,13 @@ class UniF2acePipeline:
             codes, features = self.read_images(pixels, batch_size)
             for start in range(0, number, batch_size):
                 part = slice(start, start + batch_size)
-                texts = [AnswerText(self.tokenizer, stops) for _ in encoded[part]]
+                growing = [AnswerText(self.tokenizer, stops) for _ in encoded[part]]
                 batch = stream_answers(
                     self.model, codes, encoded[part], features, images=which[part], seeds=seeds[part], **decoding
                 )
                 for piece in self.each_on_backend(batch):
-                    text = texts[piece.index].add(piece.tokens)
-                    text += texts[piece.index].finish() if piece.ended else ""
+                    text = growing[piece.index].add(piece.tokens)
+                    text += growing[piece.index].finish() if piece.ended else ""
                     yield start + piece.index, text, piece.ended
 
         return number, pieces()
@@ -303,9 +299,10 @@ class UniF2acePipeline:
         """What the transformer sees: uint8 [n, S, S, 3] -> codes [n, N], {name: features [n, rows, width]}."""
         codes: list[Tensor] = []
         features: dict[str, list[Tensor]] = {name: [] for name in self.parts.encoders}
-        for part in pixels.split(batch_size):
-            images = to_float(part).to(self.device)
-            codes.append(self.codec.encode(images))
-            for name, encoder in self.parts.encoders.items():
-                features[name].append(encoder.encode(images))
+        with self._on_backend():
+            for part in pixels.split(batch_size):
+                images = to_float(part).to(self.device)
+                codes.append(self.codec.encode(images))
+                for name, encoder in self.parts.encoders.items():
+                    features[name].append(encoder.encode(images))
         return torch.cat(codes), {name: torch.cat(rows) for name, rows in features.items()}

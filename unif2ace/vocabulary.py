@@ -101,15 +101,6 @@ class PackedBatch:
     token_ids: Tensor
     layout: Layout
 
-    @property
-    def positions(self) -> Tensor:
-        """[T] int64 rotary positions."""
-        return self.layout.positions
-
-    def answer_targets(self) -> Tensor:
-        """[A] int64 tokens that `layout.answer_rows` must predict."""
-        return self.token_ids[self.layout.answer_rows + 1]
-
     def to(self, device: torch.device | str) -> PackedBatch:
         """Copy on another device."""
         return PackedBatch(self.token_ids.to(device), self.layout.to(device))
@@ -200,31 +191,15 @@ def pack_generation_step(
     return _fill(vocabulary, sequences, [], codes)
 
 
-def pack_understanding(
-    vocabulary: Vocabulary,
-    codes: Tensor,
-    questions: Sequence[Sequence[int]],
-    answers: Sequence[Sequence[int]] | None = None,
-) -> PackedBatch:
-    """`[mmu] [soi] codes*N [eoi] [sot] question answer [eot]`; without `answers` it stops after the question.
+def pack_understanding(vocabulary: Vocabulary, codes: Tensor, texts: Sequence[Sequence[int]]) -> PackedBatch:
+    """`[mmu] [soi] codes*N [eoi] [sot] text` for every image: a question, or a conversation with its answers and eot.
 
-    `layout.answer_rows` and `answer_targets()` then address exactly the answer tokens and eot. Codes [B, N] int.
+    Args: codes [B, N]; texts, ids without control tokens but eot. Raises `UserError` as `pack_generation` does.
     """
     codes = _check_codes("pack_understanding", vocabulary, codes)
-    _check_texts("pack_understanding", vocabulary, questions, len(codes))
-    if answers is None:
-        lead = [[vocabulary.sot, *question] for question in questions]
-        trained = [0] * len(lead)
-    else:
-        _check_texts("pack_understanding", vocabulary, answers, len(codes))
-        pairs = zip(questions, answers, strict=True)
-        lead = [[vocabulary.sot, *question, *answer, vocabulary.eot] for question, answer in pairs]
-        trained = [len(answer) + 1 for answer in answers]
-    image = codes.shape[1] + 2
-    sequences = [
-        SequenceLayout("understanding", len(text), image, answer=answer, cache_row=i)
-        for i, (text, answer) in enumerate(zip(lead, trained, strict=True))
-    ]
+    _check_texts("pack_understanding", vocabulary, texts, len(codes))
+    lead, image = [[vocabulary.sot, *text] for text in texts], codes.shape[1] + 2
+    sequences = [SequenceLayout("understanding", len(text), image, cache_row=i) for i, text in enumerate(lead)]
     return _fill(vocabulary, sequences, lead, codes)
 
 

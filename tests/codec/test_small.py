@@ -126,6 +126,10 @@ def test_refuses_bad_files(codec, tmp_path):
     config.write_text(json.dumps({**json.loads(config.read_text()), "widths": [8, 16, 16]}))
     with pytest.raises(UserError, match="got others"):
         SmallCodec.from_pretrained(tmp_path)
+    for value in ("5", "[8, null, 8]", '["a", "b", "c"]'):
+        config.write_text(f'{{"widths": {value}}}')
+        with pytest.raises(UserError, match="expected the values of a SmallCodecConfig"):
+            SmallCodec.from_pretrained(tmp_path)
     config.write_text('{"colour": 1}')
     with pytest.raises(UserError, match="fields"):
         SmallCodec.from_pretrained(tmp_path)

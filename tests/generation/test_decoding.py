@@ -31,6 +31,22 @@ def parts():
     return built.model.double(), codes, features
 
 
+@pytest.fixture
+def ending(parts):
+    """The same, for answers that end after different numbers of tokens."""
+    bias, end = parts[0].head.bias.data, parts[0].vocabulary.eot
+    before = bias[end].item()
+    bias[end] += END_BIAS
+    yield parts
+    bias[end] = before
+
+
+def picture(index, codes, features):
+    """Codes and features of picture `index` alone."""
+    row = slice(index, index + 1)
+    return codes[row], {name: value[row] for name, value in features.items()}
+
+
 def decode_answers(model, *arguments, **options):
     """Token ids of every answer."""
     answers = {}
@@ -55,48 +71,30 @@ def one_shot(model, codes, question, features, count):
 
 
 def test_incremental_equals_one_shot(parts):
-    model, codes, features = parts
-    together = decode_answers(model, codes, QUESTIONS, features, max_new_tokens=6)
+    model, *pictures = parts
+    together = decode_answers(model, pictures[0], QUESTIONS, pictures[1], max_new_tokens=6)
     for index, question in enumerate(QUESTIONS):
-        row = slice(index, index + 1)
-        mine = {name: value[row] for name, value in features.items()}
-        assert decode_answers(model, codes[row], [question], mine, max_new_tokens=6) == [together[index]]
-        assert one_shot(model, codes[row], question, mine, 6) == together[index]
+        codes, features = picture(index, *pictures)
+        assert decode_answers(model, codes, [question], features, max_new_tokens=6) == [together[index]]
+        assert one_shot(model, codes, question, features, 6) == together[index]
 
 
-def test_sequences_leave_the_batch_when_they_end(parts):
-    model, codes, features = parts
-    eot = model.vocabulary.eot
-    before = model.head.bias[eot].item()
-    try:
-        with torch.no_grad():
-            model.head.bias[eot] += END_BIAS
-        answers = decode_answers(model, codes, QUESTIONS, features, max_new_tokens=6)
-        for index, question in enumerate(QUESTIONS):
-            row = slice(index, index + 1)
-            mine = {name: value[row] for name, value in features.items()}
-            assert one_shot(model, codes[row], question, mine, 6) == answers[index]
-    finally:
-        with torch.no_grad():
-            model.head.bias[eot] = before
+def test_sequences_leave_the_batch_when_they_end(ending):
+    model, codes, features = ending
+    answers = decode_answers(model, codes, QUESTIONS, features, max_new_tokens=6)
+    for index, question in enumerate(QUESTIONS):
+        codes_of_one, features_of_one = picture(index, codes, features)
+        assert one_shot(model, codes_of_one, question, features_of_one, 6) == answers[index]
     assert len({len(answer) for answer in answers}) > 1  # they ended at different steps
-    assert all(eot not in answer for answer in answers)
+    assert all(model.vocabulary.eot not in answer for answer in answers)
 
 
-@pytest.mark.parametrize("steps_per_check", [1, 2, 3, 64])
-def test_how_often_the_host_looks_changes_nothing(parts, steps_per_check):
-    model, codes, features = parts
-    eot = model.vocabulary.eot
-    before = model.head.bias[eot].item()
-    try:
-        with torch.no_grad():
-            model.head.bias[eot] += END_BIAS
-        options = {"max_new_tokens": 7, "temperature": 1.0, "seeds": [1, 2, 3]}
-        expected = decode_answers(model, codes, QUESTIONS, features, **options, steps_per_check=1)
-        found = decode_answers(model, codes, QUESTIONS, features, **options, steps_per_check=steps_per_check)
-    finally:
-        with torch.no_grad():
-            model.head.bias[eot] = before
+@pytest.mark.parametrize("steps_per_check", [2, 3, 64])
+def test_how_often_the_host_looks_changes_nothing(ending, steps_per_check):
+    model, codes, features = ending
+    options = {"max_new_tokens": 7, "temperature": 1.0, "seeds": [1, 2, 3]}
+    expected = decode_answers(model, codes, QUESTIONS, features, **options, steps_per_check=1)
+    found = decode_answers(model, codes, QUESTIONS, features, **options, steps_per_check=steps_per_check)
     assert found == expected
     assert len({len(answer) for answer in expected}) > 1
 
@@ -104,12 +102,10 @@ def test_how_often_the_host_looks_changes_nothing(parts, steps_per_check):
 def test_an_image_runs_once_for_all_questions_about_it(parts, monkeypatch):
     model, codes, features = parts
     which, questions = [2, 0, 2, 2, 0], [*QUESTIONS, [3, 4], [17]]
-    expected = [
-        decode_answers(
-            model, codes[i : i + 1], [question], {k: v[i : i + 1] for k, v in features.items()}, max_new_tokens=4
-        )[0]
-        for i, question in zip(which, questions, strict=True)
-    ]
+    expected = []
+    for index, question in zip(which, questions, strict=True):
+        codes_of_one, features_of_one = picture(index, codes, features)
+        expected += decode_answers(model, codes_of_one, [question], features_of_one, max_new_tokens=4)
     rows, forward = [], model.forward
     monkeypatch.setattr(model, "forward", lambda batch, **k: rows.append(len(batch.token_ids)) or forward(batch, **k))
     assert decode_answers(model, codes, questions, features, images=which, max_new_tokens=4) == expected
@@ -144,10 +140,12 @@ def test_no_question_has_no_answer(parts):
     assert decode_answers(model, codes, [], features) == []
 
 
-def test_images_that_are_not_there_are_refused(parts):
+def test_images_and_seeds_that_are_not_there_are_refused(parts):
     model, codes, features = parts
     with pytest.raises(UserError, match="expected an image below 3 for each of 3 questions"):
         decode_answers(model, codes, QUESTIONS, features, images=[0, 1, 3])
+    with pytest.raises(UserError, match="expected one seed for each of 3 questions, got 2"):
+        decode_answers(model, codes, QUESTIONS, features, seeds=[1, 2])
 
 
 def test_max_new_tokens_is_a_limit(parts):
@@ -165,17 +163,26 @@ def test_narrow_sampling_is_greedy(parts):
         assert sampled == greedy
 
 
+def test_top_p_takes_the_same_tokens_in_16_bits():
+    logits = torch.randn(2, 5000).bfloat16()
+    wide = decoding._restrict(logits.float(), 0.8, None, 0.9)
+    assert torch.equal(decoding._restrict(logits, 0.8, None, 0.9), wide.bfloat16())
+    assert (wide.isfinite().sum(1) < 4000).all()
+
+
 def test_sampled_answers_depend_on_their_own_seed_alone(parts):
     model, codes, features = parts
     options = {"max_new_tokens": 5, "temperature": 3.0}
     together = decode_answers(model, codes, QUESTIONS, features, seeds=[7, 8, 9], **options)
-    row = slice(1, 2)
-    mine = {name: value[row] for name, value in features.items()}
-    assert decode_answers(model, codes[row], QUESTIONS[row], mine, seeds=[8], **options) == together[row]
-    assert decode_answers(model, codes[row], QUESTIONS[row], mine, seeds=[80], **options) != together[row]
+    codes_of_one, features_of_one = picture(1, codes, features)
+    for seed, same in ((8, True), (80, False)):
+        alone = decode_answers(model, codes_of_one, QUESTIONS[1:2], features_of_one, seeds=[seed], **options)
+        assert (alone == together[1:2]) == same
 
 
-@pytest.mark.parametrize("options", [{"max_new_tokens": 0}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}])
+@pytest.mark.parametrize(
+    "options", [{"max_new_tokens": 0}, {"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}]
+)
 def test_options_out_of_range_are_refused(parts, options):
     model, codes, features = parts
     with pytest.raises(UserError, match=f"^{next(iter(options))}: expected"):

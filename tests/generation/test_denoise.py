@@ -9,8 +9,8 @@ import torch
 from tests.tiny import build_parts
 from unif2ace.generation.denoise import run_step
 from unif2ace.generation.plan import plan_step
-from unif2ace.generation.prefix import run_prefixes
-from unif2ace.generation.schedule import schedule_steps
+from unif2ace.generation.prefix import Prefix, run_prefixes
+from unif2ace.generation.schedule import Step, schedule_steps
 from unif2ace.generation.slots import Drawing, Slots
 from unif2ace.model.transformer import UniF2ace
 from unif2ace.ops import _registry, use_backend
@@ -66,6 +66,39 @@ def test_the_trace_notices_who_does(traced, monkeypatch, reads):
     monkeypatch.setattr("unif2ace.generation.denoise.remask", lambda confidence, *a: reads(confidence))
     with pytest.raises((RuntimeError, NotImplementedError), match=r"[Mm]eta"):
         run_step(model, slots, plans[0])
+
+
+def test_a_step_sends_nothing_to_the_device(traced, monkeypatch):
+    """What plans and their layouts need is there after the first time. A graph would read freed host memory again."""
+    model, slots, plans = traced
+    run_steps(model, slots, plans)
+    for name in ("tensor", "as_tensor", "from_numpy"):
+        monkeypatch.setattr(torch, name, lambda *a, **k: pytest.fail("numbers of the host became a tensor"))
+    run_steps(model, slots, plans)
+
+
+def test_the_example_of_the_docstring():
+    """Of plan.py: one image of four tokens in slot 1 of 2, with guidance, three of them unknown."""
+    config = replace(build_parts().model.config, num_image_tokens=4, image_size=16)
+    model = UniF2ace(config)
+    text = torch.zeros(config.num_layers, 3, config.num_heads, config.head_dim)
+    prefix = Prefix((text, text), torch.zeros(4, config.hidden_size), torch.zeros(6, 4, config.hidden_size))
+    drawing = Drawing(1, (Step(4, 3, 1.0), Step(3, 1, 0.5)), prefix, prefix, guidance=2.0, done=1)
+    plan = plan_step(Slots(model, 2, 8), [drawing])
+    assert [(s.rows, s.cached, s.cache_row) for s in plan.layout.sequences] == [(6, 3, 1), (6, 3, 3)]
+    assert plan.mask_ratio.tolist() == [3 / 4]
+    expected = {
+        "ratio_of_image": [0, 0],
+        "changed": [9, 9],
+        "wanted": [6, 7, 8, 6, 7, 8],
+        "wanted_row": [0, 0, 0, 6, 6, 6],
+        "cond": [0, 1, 2],
+        "uncond": [3, 4, 5],
+        "unknown": [6, 7, 8],
+        "stays_at": [6, 6, 6],
+        "drawn_at": [7, 8, 9],
+    }
+    assert {name: getattr(plan, name).tolist() for name in expected} == expected
 
 
 def test_plans_depend_on_the_schedule_alone():

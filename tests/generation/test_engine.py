@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+import weakref
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch
 from tests.bits import needs_native, run_python
 from tests.tiny import TOKENS, build_parts
 from unif2ace.errors import UserError
+from unif2ace.generation import denoise
 from unif2ace.generation import engine as engine_module
 from unif2ace.generation.engine import GenerationEngine, Request
 
@@ -149,19 +151,53 @@ def test_a_prompt_that_breaks_the_model_fails_alone(parts):
 def test_a_step_that_fails_for_one_request_is_taken_again_without_it(parts, monkeypatch):
     good = requests()
     expected = {face.request.key: face.codes for face in drawn(parts, good, 4)}
-    run = engine_module.run_step
+    sample, passes = denoise.head_sample, []
 
-    def fragile(model, slots, plan):
-        run(model, slots, plan)
-        if any(temperature == 9.0 for *_, temperature in plan.groups) and bool((plan.number == 2).any()):
+    def fragile(*arguments, temperature, **options):
+        pass_memory = torch.zeros(3)
+        passes.append(weakref.ref(pass_memory))
+        if temperature == 9.0 and bool((arguments[5] == 2).any()):
             raise UserError("head_sample: too hot")
+        assert [held() for held in passes[:-1]] == [None] * len(passes[:-1]), "the memory of an earlier pass is held"
+        return sample(*arguments, temperature=temperature, **options)
 
-    monkeypatch.setattr(engine_module, "run_step", fragile)
+    monkeypatch.setattr(denoise, "head_sample", fragile)
     bad = Request([5], [1, 2], steps=5, temperature=9.0, key="bad")
     faces = list(GenerationEngine(parts.model, parts.codec, 4).stream([bad, *good]))
     assert [face.error for face in faces if face.request.key == "bad"] == ["head_sample: too hot"] * 2
     finished = {face.request.key: face.codes for face in faces if face.error is None}
     assert finished.keys() == expected.keys()
+    assert all(torch.equal(finished[key], expected[key]) for key in expected)
+
+
+def test_who_needs_no_guidance_does_not_fail_with_it(parts, monkeypatch):
+    run = engine_module.run_prefixes
+
+    def fragile(model, prompts, codes):
+        if () in prompts:
+            raise torch.OutOfMemoryError("too much")
+        return run(model, prompts, codes)
+
+    monkeypatch.setattr(engine_module, "run_prefixes", fragile)
+    jobs = [Request([5], [1], steps=2, key=1), Request([5], [1], steps=2, guidance=0.0, key=2)]
+    faces = list(GenerationEngine(parts.model, parts.codec, 2).stream(jobs))
+    assert {face.request.key: face.error for face in faces} == {1: "too much", 2: None}
+
+
+def test_pictures_that_cannot_be_decoded_together_are_decoded_one_by_one(parts, monkeypatch):
+    jobs = [Request([5], [1, 2, 3], steps=2)]
+    expected = {face.index: face for face in drawn(parts, jobs, 3)}
+    decode, broken = parts.codec.decode, expected[1].codes
+
+    def fragile(codes):
+        if len(codes) > 1 or torch.equal(codes[0], broken):
+            raise torch.OutOfMemoryError("too much\nin all")
+        return decode(codes)
+
+    monkeypatch.setattr(parts.codec, "decode", fragile)
+    faces = {face.index: face for face in GenerationEngine(parts.model, parts.codec, 3).stream(jobs)}
+    assert [faces[index].error for index in range(3)] == [None, "too much", None]
+    assert all(torch.equal(faces[index].pixels, expected[index].pixels) for index in (0, 2))
 
 
 # --------------------------------------------------------------------------------------------------------------- queue

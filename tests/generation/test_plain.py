@@ -113,6 +113,12 @@ def test_guidance_zero_runs_the_conditional_half_only(model, monkeypatch):
     assert rows[2:] == [text + 2 * (TOKENS + 2), 2 * (3 + TOKENS + 2)] * 2
 
 
+def test_every_prompt_has_a_seed_and_none_has_none(model):
+    assert generate_codes(model, [], []).shape == (0, TOKENS)
+    with pytest.raises(UserError, match="generate: expected one seed for each of 4 prompts, got 3"):
+        generate_codes(model, PROMPTS, SEEDS[:3])
+
+
 def test_known_codes_of_another_shape_are_refused(model):
     with pytest.raises(UserError, match=r"must be \[1, 16\]"):
         generate_codes(model, PROMPTS[:1], [0], known_codes=torch.zeros(1, 4).long(), known=torch.ones(1, 4).bool())

@@ -56,12 +56,13 @@ def test_a_shared_prompt_is_prefilled_once(model, make):
 def test_answer_decoding_equals_full_passes(model, make):
     made = make("understanding", [4, 1, 6])
     answers = torch.tensor([[5, 6, 7], [8, 9, 10], [11, 12, 13]])
-    full = pack_understanding(made.vocabulary, made.codes, made.texts, answers.tolist())
+    talks = [text + answer for text, answer in zip(made.texts, answers.tolist(), strict=True)]
+    full = pack_understanding(made.vocabulary, made.codes, talks)
     expected = model(full, **made.arguments).hidden
     cache = model.new_cache(3, 24)
     hidden = model(made.batch, cache=cache, **made.arguments).hidden[made.batch.layout.last_rows]
     for step in range(4):
-        index = torch.tensor([end - 5 + step for end in full.layout.starts[1:]])  # the last 5 rows: q a a a eot
+        index = torch.tensor([end - 4 + step for end in full.layout.starts[1:]])  # the last 4 rows: q a a a
         close(hidden, expected[index])
         if step < 3:
             hidden = model(pack_text_step(answers[:, step], cache.lengths), cache=cache).hidden

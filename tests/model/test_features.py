@@ -106,6 +106,7 @@ def test_clip_on_a_tiny_random_model(tmp_path):
         hidden = model(pixels.permute(0, 3, 1, 2), output_hidden_states=True).hidden_states
     torch.testing.assert_close(found, hidden[2][:, 1:], rtol=1e-4, atol=1e-5)
     assert encoder.encode(torch.zeros(1, 3, 64, 64)).shape == (1, 4, 16)
+    assert encoder.encode(torch.zeros(0, 3, 64, 64)).shape == (0, 4, 16)
     with pytest.raises(UserError, match="expected a CLIP model"):
         ClipEncoder(tmp_path / "nothing")
 

@@ -133,13 +133,6 @@ def test_equal_experts_make_the_dense_ffn(build_model, make):
     close(run(model, made), first)
 
 
-def test_sequence_memory_replaces_features(model, make):
-    made = make("understanding", [4, 2])
-    with torch.no_grad():
-        memory = model.sequence_memory(made.arguments["features"])
-    close(run(model, made, features=None, sequence_memory=memory), run(model, made))
-
-
 def test_images_share_what_follows_from_their_mask_ratio(model, make):
     generation, understanding = make("generation", [3, 6, 2, 5]), make("understanding", [4, 0])
     generation.batch = concatenate([understanding.batch, generation.batch])

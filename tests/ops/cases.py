@@ -141,6 +141,17 @@ def omni_attention(dtype: torch.dtype) -> Case:
     return Case("omni_attention", {name: torch.randn(TOKENS, 2, 32, dtype=dtype) for name in "qkv"}, run, True)
 
 
+def omni_attention_past(dtype: torch.dtype) -> Case:
+    blocks = ((0, 40, 0, 40, False, 7, 20), (40, TOKENS, 40, TOKENS, False, 30, 30))
+
+    def run(backend: str, q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor) -> tuple[Tensor, ...]:
+        return (ops.omni_attention(q, k, v, blocks, past=(past_k, past_v), backend=backend),)
+
+    inputs = {name: torch.randn(TOKENS, 2, 32, dtype=dtype) for name in "qkv"}
+    inputs |= {name: torch.randn(50, 2, 32, dtype=dtype) for name in ("past_k", "past_v")}
+    return Case("omni_attention", inputs, run, True)
+
+
 def rotate_heads(dtype: torch.dtype) -> Case:
     angle = torch.rand(TOKENS, 16)
     cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
@@ -168,6 +179,7 @@ CASES = {
         linear_loss,
         mix_sequences,
         omni_attention,
+        omni_attention_past,
         rotate_heads,
     )
 }

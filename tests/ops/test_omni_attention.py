@@ -1,81 +1,27 @@
-"""Omni-attention: both back ends against a mask over the whole batch, gradients, caches, grouping of equal blocks."""
+"""Omni-attention: both back ends against a mask over the whole batch, gradients, caches, bits.
+
+Keys of a cache beside those of the batch are in test_omni_attention_past.py.
+"""
 
 from __future__ import annotations
-
-import math
-from itertools import accumulate
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.shapes import ATTENTION_SMALL, AttentionShape
-from tests import oracle
 from tests.bits import assert_same_for_threads, assert_same_on_instruction_sets, needs_native
+from tests.ops.attention import LAYOUTS, any_partition, each_layout, generation, num_rows, problem, with_one_mask
 from tests.oracle import DTYPES, assert_matches_reference, available_backends, noncontiguous
 from unif2ace.errors import UserError
 from unif2ace.ops import _registry, omni_attention
-from unif2ace.ops._sdpa import is_fused, runs_of
 from unif2ace.ops.omni_attention import AttentionBlocks, reference_omni_attention
 
 BACKENDS = available_backends("omni_attention")
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-
-
-def generation(texts: list[int], image: int) -> AttentionBlocks:
-    """Text to face: text is causal over text, image rows see text and image."""
-    blocks = []
-    for start, text in zip(accumulate([t + image for t in texts], initial=0), texts, strict=False):
-        blocks.append((start, start + text, start, start + text, True))
-        blocks.append((start + text, start + text + image, start, start + text + image, False))
-    return tuple(blocks)
-
-
-def understanding(image: int, texts: list[int]) -> AttentionBlocks:
-    """Image rows see each other, text is causal over everything before it."""
-    blocks = []
-    for start, text in zip(accumulate([image + t for t in texts], initial=0), texts, strict=False):
-        blocks.append((start, start + image, start, start + image, False))
-        blocks.append((start + image, start + image + text, start, start + image + text, True))
-    return tuple(blocks)
-
-
-LAYOUTS = {
-    "equal-texts": generation([5, 5, 5], 7),
-    "ragged-texts": generation([3, 11, 1, 6], 9),
-    "understanding": understanding(6, [4, 1, 9]),
-    "unordered": tuple(reversed(generation([4, 2], 3))),
-    "empty-text": generation([0, 3], 4),
-    "shared-keys": ((0, 4, 2, 9, False), (4, 8, 2, 9, False), (8, 9, 0, 9, True)),
-    "primes": generation([11, 11, 13], 19),
-}
-each_layout = pytest.mark.parametrize("blocks", LAYOUTS.values(), ids=LAYOUTS.keys())
-
-
-def num_rows(blocks: AttentionBlocks) -> int:
-    return max((block[1] for block in blocks), default=0)
-
-
-def problem(
-    rows: int, keys: int, heads: int = 3, dim: int = 8, dtype: torch.dtype = torch.float32
-) -> dict[str, Tensor]:
-    shapes = {"q": rows, "k": keys, "v": keys}
-    return {name: torch.randn(n, heads, dim, dtype=dtype) for name, n in shapes.items()}
-
-
-def with_one_mask(q: Tensor, k: Tensor, v: Tensor, blocks: AttentionBlocks, scale: float) -> Tensor:
-    """The whole batch as one dense attention with a [T, S] mask, row by row from the rule in words."""
-    mask = torch.zeros(q.shape[0], k.shape[0], dtype=torch.bool)
-    for q_start, q_end, k_start, k_end, causal in blocks:
-        for i in range(q_end - q_start):
-            seen = i + 1 + (k_end - k_start) - (q_end - q_start) if causal else k_end - k_start
-            mask[q_start + i, k_start : k_start + seen] = True
-    scores = torch.einsum("qhd,khd->hqk", q, k) * scale
-    return torch.einsum("hqk,khd->qhd", scores.masked_fill(~mask, -math.inf).softmax(-1), v)
 
 
 @each_layout
@@ -84,17 +30,6 @@ def test_reference_is_the_masked_attention(blocks: AttentionBlocks):
     inputs = problem(rows, rows, dtype=torch.float64)
     found = omni_attention(**inputs, blocks=blocks, backend="reference")
     torch.testing.assert_close(found, with_one_mask(**inputs, blocks=blocks, scale=8**-0.5))
-
-
-@pytest.fixture
-def fast_exponential(monkeypatch: pytest.MonkeyPatch) -> None:
-    """PyTorch's flash kernels for CPU take an exponential that is 20 units in the last place wide: allow for it."""
-    rule = oracle.tolerance
-
-    def tolerance(truth: Tensor, plain: Tensor, dtype: torch.dtype) -> float:
-        return rule(truth, plain, dtype) + 20 * 2.0**-24 * truth.abs().max().item()
-
-    monkeypatch.setattr(oracle, "tolerance", tolerance)
 
 
 @each_dtype
@@ -200,72 +135,6 @@ def test_a_sequence_does_not_depend_on_its_neighbours(backend: str):
     assert torch.equal(alone, whole[12:27])
 
 
-PASTS = {  # 14 keys of the batch, 20 of a cache
-    "images-behind-texts": ((0, 7, 0, 7, False, 0, 5), (7, 14, 7, 14, False, 9, 12)),
-    "nothing-cached": ((0, 5, 0, 5, True, 4, 4), (5, 12, 0, 12, False, 0, 0)),
-    "all-cached": ((0, 1, 3, 3, True, 0, 9), (1, 2, 12, 12, False, 2, 20)),
-    "causal": ((0, 4, 2, 6, True, 3, 14), (4, 9, 6, 11, True, 17, 17), (9, 10, 0, 12, True, 1, 20)),
-}
-each_past = pytest.mark.parametrize("blocks", PASTS.values(), ids=PASTS.keys())
-
-
-def in_one_piece(
-    own: Tensor, past: Tensor, blocks: AttentionBlocks
-) -> tuple[Tensor, tuple[tuple[int, int, int, int, bool], ...]]:
-    """Every block's keys copied behind each other, and blocks over them: the rule for `past` in words."""
-    keys, plain = [], []
-    for q_start, q_end, k_start, k_end, causal, past_start, past_end in blocks:
-        first = sum(map(len, keys))
-        keys += [past[past_start:past_end], own[k_start:k_end]]
-        plain.append((q_start, q_end, first, sum(map(len, keys)), causal))
-    return torch.cat(keys), tuple(plain)
-
-
-def past_problem(blocks: AttentionBlocks, dim: int) -> dict[str, Tensor]:
-    past = dict(zip(("past_k", "past_v"), torch.randn(2, 20, 3, dim), strict=True))
-    return problem(num_rows(blocks), 14, dim=dim) | past
-
-
-@each_dtype
-@each_past
-@each_backend
-@pytest.mark.usefixtures("fast_exponential")
-def test_outputs_and_gradients_with_a_past(backend: str, blocks: AttentionBlocks, dtype: torch.dtype):
-    def run(backend: str, q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor) -> tuple[Tensor, ...]:
-        return (omni_attention(q, k, v, blocks, past=(past_k, past_v), backend=backend),)
-
-    assert_matches_reference(run, past_problem(blocks, dim=8), dtype, backend)
-
-
-@each_dtype
-@each_past
-@pytest.mark.parametrize("dim", [5, 32])
-@each_backend
-@pytest.mark.usefixtures("fast_exponential")
-def test_keys_of_a_cache_come_before_those_of_the_batch(
-    backend: str, dim: int, blocks: AttentionBlocks, dtype: torch.dtype
-):
-    low = {name: x.to(dtype) for name, x in past_problem(blocks, dim).items()}
-
-    def joined(q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor) -> Tensor:
-        (keys, plain), (values, _) = in_one_piece(k, past_k, blocks), in_one_piece(v, past_v, blocks)
-        return reference_omni_attention(q, keys, values, plain, scale=0.3)
-
-    past = low["past_k"], low["past_v"]
-    found = omni_attention(low["q"], low["k"], low["v"], blocks, past=past, scale=0.3, backend=backend)
-    oracle.assert_close(f"{backend} {dtype}", found, joined(**{n: x.double() for n, x in low.items()}), joined(**low))
-
-
-@each_past
-def test_a_cache_is_read_in_place_through_any_strides(blocks: AttentionBlocks):
-    rows, (past_k, past_v) = num_rows(blocks), torch.randn(2, 20, 3, 32)
-    q, k, v = torch.randn(14, 3, 3, 32).unbind(1)
-    found = omni_attention(q[:rows], k, v, blocks, past=(past_k, past_v))
-    wide = torch.stack([past_k, past_v], dim=2)
-    other = omni_attention(q[:rows].clone(), k.clone(), v.clone(), blocks, past=wide.unbind(2))
-    assert torch.equal(found, other)
-
-
 @pytest.mark.gpu
 @each_dtype
 def test_backward_of_many_keys_adds_in_a_fixed_order(dtype: torch.dtype):
@@ -279,33 +148,6 @@ def test_backward_of_many_keys_adds_in_a_fixed_order(dtype: torch.dtype):
     first = gradients()
     for _ in range(20):
         assert all(torch.equal(one, other) for one, other in zip(gradients(), first, strict=True))
-
-
-@pytest.mark.parametrize("dropped", [0, 3])
-@pytest.mark.parametrize(("kind", "fused"), [(SDPBackend.FLASH_ATTENTION, True), (SDPBackend.MATH, False)], ids=str)
-def test_results_of_fused_kernels_are_known(kind: SDPBackend, fused: bool, dropped: int):
-    q = torch.randn(2, 3, 8, 16, requires_grad=True, device="cpu")
-    with sdpa_kernel(kind):
-        assert is_fused(torch.nn.functional.scaled_dot_product_attention(q, q, q)[:, :, dropped:]) == fused
-
-
-def test_equal_blocks_in_even_distance_are_one_call():
-    assert len(runs_of(generation([5] * 32, 7))) == 2
-    assert len(runs_of(generation([5] * 16 + [6] * 16, 7))) == 4
-    assert len(runs_of(tuple((b, b + 1, 100 * b, 100 * b + 40, False) for b in range(32)))) == 1
-    # shared or overlapping keys are not one run: their gradients are added in turn
-    assert len(runs_of(((0, 4, 2, 9, False), (4, 8, 2, 9, False)))) == 2
-
-
-def any_partition(data: st.DataObject, keys: int) -> list[tuple[int, int, int, int, bool]]:
-    """Blocks of up to six rows, of both kinds, whose keys may overlap."""
-    blocks, start = [], 0
-    for length in data.draw(st.lists(st.integers(0, 6), max_size=6)):
-        k_start = data.draw(st.integers(0, keys - 7))
-        k_end = data.draw(st.integers(k_start + max(1, length), keys))
-        blocks.append((start, start + length, k_start, k_end, data.draw(st.booleans())))
-        start += length
-    return blocks
 
 
 @given(st.data())
@@ -363,9 +205,6 @@ def test_opcheck(backend: str):
     tensors = problem(rows, rows).values()
     flat = [int(number) for block in blocks for number in block]
     torch.library.opcheck(_registry.registered(backend, "omni_attention"), (*tensors, flat, 0.3))
-    with_past = [int(number) for block in blocks for number in (*block, 0, 0)]
-    past_op, past = _registry.registered(backend, "omni_attention_past"), torch.randn(2, 4, 3, 8)
-    torch.library.opcheck(past_op, (*tensors, *past, with_past, 0.3))
     arguments = (torch.randn(rows, 3, 8), *tensors, flat, 0.3)
     torch.library.opcheck(_registry.registered(backend, "omni_attention_backward"), arguments)
 
@@ -393,12 +232,6 @@ def test_compiles_into_one_graph(backend: str):
         ({"k": torch.zeros(6, 2, 4)}, r"k must be \[S, 2, 8\] float32, the same for k and v, got \[6, 2, 4\] float32"),
         ({"v": torch.zeros(5, 2, 8)}, r"v must be \[S, 2, 8\] float32, the same for k and v, got \[5, 2, 8\] float32"),
         ({"v": torch.zeros(6, 2, 8).half()}, r"v must be .*, got \[6, 2, 8\] float16"),
-        ({"past": (torch.zeros(3, 2, 8), torch.zeros(2, 2, 8))}, r"past values must be .*, got \[2, 2, 8\] float32"),
-        ({"past": (torch.zeros(3, 2, 8),) * 2}, r"a block is \(q_start, .*, past_end\), got \(0, 4, 0, 6, False\)"),
-        (
-            {"past": (torch.zeros(3, 2, 8),) * 2, "blocks": ((0, 4, 0, 6, False, 1, 4),)},
-            r"block \(0, 4, 0, 6, False, 1, 4\) lies outside 4 queries and 6 keys and 3 of the past",
-        ),
         ({"blocks": ((0, 3, 0, 6, False),)}, "query row 3 is in no block"),
         ({"blocks": ((0, 1, 0, 6, False), (2, 4, 0, 6, False))}, "query row 1 is in no block"),
         ({"blocks": ((0, 3, 0, 6, False), (2, 4, 0, 6, False))}, "query row 2 is in two blocks"),

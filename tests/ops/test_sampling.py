@@ -1,6 +1,6 @@
 """Sampling: exact tokens on every back end, the right distribution, independence of the batch.
 
-Which tokens are masked again is in test_sampling_remask.py.
+`head_sample` is in test_sampling_head.py, which tokens are masked again in test_sampling_remask.py.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from benchmarks.shapes import SAMPLING_SMALL, SamplingShape
+from tests.ops.places import place
 from tests.oracle import assert_close, available_backends, backend_cases, noncontiguous, poisoned, registered, seeded
 from unif2ace.errors import UserError
-from unif2ace.ops import _noise, _registry, head_sample, sample_tokens
+from unif2ace.ops import _noise, _registry, sample_tokens
 from unif2ace.ops.sampling import reference_sample_tokens
 
 BACKENDS = available_backends("sampling")
@@ -26,24 +27,11 @@ each_case = pytest.mark.parametrize(("backend", "dtype"), CASES, ids=str)
 each_shape = pytest.mark.parametrize("shape", SAMPLING_SMALL.values(), ids=SAMPLING_SMALL.keys())
 
 
-def place(rows: int, index: torch.dtype = torch.int32) -> dict[str, Tensor]:
-    """Seeds with all 64 bits in use, positions and steps."""
-    row = torch.arange(rows)
-    return {
-        "seeds": torch.randint(-(2**62), 2**62, (rows,)),
-        "positions": (row % 13).to(index),
-        "steps": (row % 5).to(index),
-    }
-
-
 def problem(shape: SamplingShape, dtype: torch.dtype = torch.float32) -> dict[str, object]:
     rows = shape.images * shape.rows
     logits = torch.randn(rows, shape.columns).mul(3).to(dtype)
     guided = {"uncond_logits": torch.randn(rows, shape.columns).to(dtype), "guidance": 2.5} if shape.guidance else {}
     return {"logits": logits, **place(rows), **guided}
-
-
-# -------------------------------------------------------------------------------------------------------- sample_tokens
 
 
 @each_shape
@@ -185,7 +173,7 @@ def test_index_dtypes_and_strides_do_not_matter(backend: str):
         **arguments,
         "logits": noncontiguous(arguments["logits"]),
         "uncond_logits": arguments["uncond_logits"].t().contiguous().t(),
-        "positions": arguments["positions"].long(),
+        "positions": arguments["positions"].int(),
         "steps": arguments["steps"].repeat_interleave(2)[::2].long(),
     }
     found = sample_tokens(**other, backend=backend)
@@ -220,38 +208,6 @@ def test_sampling_invariants(rows: int, columns: int, temperature: float, seed: 
         assert (confidence <= 0).all()
 
 
-# ---------------------------------------------------------------------------------------------------------- head_sample
-
-
-@pytest.mark.parametrize("guidance", [0.0, 3.0])
-def test_head_sample_is_head_then_sample(guidance: float, monkeypatch: pytest.MonkeyPatch):
-    """Folding guidance before the head moves logits by rounding only: in float64 the tokens are the same."""
-    monkeypatch.setattr("unif2ace.ops.sampling.HEAD_CHUNK_ELEMENTS", 500)  # several chunks
-    hidden, uncond = torch.randn(2, 37, 16, dtype=torch.float64)
-    weight, bias, where = torch.randn(41, 16, dtype=torch.float64), torch.randn(41, dtype=torch.float64), place(37)
-    codes, confidence = head_sample(hidden, weight, bias, **where, uncond_hidden=uncond, guidance=guidance)
-    expected = sample_tokens(
-        hidden @ weight.T + bias, **where, uncond_logits=uncond @ weight.T + bias, guidance=guidance
-    )
-    assert torch.equal(codes, expected[0])
-    torch.testing.assert_close(confidence, expected[1])
-
-
-@each_case
-def test_head_sample_confidence_matches_its_code(backend: str, dtype: torch.dtype):
-    hidden, weight = torch.randn(33, 24).to(dtype), torch.randn(51, 24).to(dtype)
-    codes, confidence = head_sample(hidden, weight, None, **place(33), backend=backend)
-    truth = (hidden.double() @ weight.double().T).log_softmax(1).gather(1, codes.long()[:, None])[:, 0]
-    plain = (hidden @ weight.T).float().log_softmax(1).gather(1, codes.long()[:, None])[:, 0]
-    assert_close("log_confidence", confidence, truth, plain)
-
-
-@each_backend
-def test_head_sample_of_nothing(backend: str):
-    codes, confidence = head_sample(torch.zeros(0, 4), torch.zeros(5, 4), None, **place(0), backend=backend)
-    assert codes.shape == confidence.shape == (0,)
-
-
 # ------------------------------------------------------------------------------------------------ registration, refusal
 
 
@@ -262,22 +218,17 @@ def test_opcheck(backend: str):
     torch.library.opcheck(
         _registry.registered(backend, "sample_tokens"), (p["logits"], *where, 0.9, p["uncond_logits"], 2.0, 0)
     )
-    hidden, weight = torch.randn(39, 8), torch.randn(11, 8)
-    torch.library.opcheck(
-        _registry.registered(backend, "head_sample"), (hidden, weight, None, *where, 1.0, None, 0.0, 0)
-    )
 
 
 @each_backend
 def test_compiles_into_one_graph(backend: str):
-    hidden, weight, where = torch.randn(13, 8), torch.randn(11, 8), place(13)
+    logits, where = torch.randn(13, 11), place(13)
 
-    def step(hidden: Tensor) -> tuple[Tensor, ...]:
-        sampled = sample_tokens(hidden @ weight.T, **where, backend=backend)
-        return *sampled, *head_sample(hidden, weight, None, **where, backend=backend)
+    def step(logits: Tensor) -> tuple[Tensor, ...]:
+        return sample_tokens(2 * logits, **where, backend=backend)
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    for found, expected in zip(compiled(hidden), step(hidden), strict=True):
+    for found, expected in zip(compiled(logits), step(logits), strict=True):
         assert torch.equal(found, expected)
 
 
@@ -311,22 +262,6 @@ def test_sample_tokens_refuses_bad_arguments(changes: dict[str, object], message
     arguments = {"logits": torch.zeros(3, 4), **place(3), **changes}
     with pytest.raises(UserError, match=f"^sample_tokens: {message}"):
         sample_tokens(**arguments)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"hidden": torch.zeros(3)}, r"hidden must be \[R, H >= 1\] floating point, got \[3\] float32"),
-        ({"weight": torch.zeros(7, 5)}, r"weight must be \[V >= 1, 4\] float32, got \[7, 5\] float32"),
-        ({"weight": torch.zeros(7, 4).half()}, r"weight must be .*, got \[7, 4\] float16"),
-        ({"bias": torch.zeros(6)}, r"bias must be \[7\] float32, got \[6\] float32"),
-        ({"guidance": 1.0}, "guidance 1.0 needs uncond_hidden, got None"),
-    ],
-)
-def test_head_sample_refuses_bad_arguments(changes: dict[str, object], message: str):
-    arguments = {"hidden": torch.zeros(3, 4), "weight": torch.zeros(7, 4), "bias": None, **place(3), **changes}
-    with pytest.raises(UserError, match=f"^head_sample: {message}"):
-        head_sample(**arguments)
 
 
 def test_a_back_end_that_cannot_run_is_refused():

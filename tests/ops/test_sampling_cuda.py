@@ -13,7 +13,8 @@ import torch
 
 from tests import emulated
 from tests.bits import needs_native
-from tests.ops.test_sampling_kernels import place, remask_problem
+from tests.ops.places import place
+from tests.ops.test_sampling_kernels import remask_problem
 from tests.oracle import DTYPES, noncontiguous, poisoned
 from unif2ace import native
 from unif2ace.ops import head_sample, sample_tokens

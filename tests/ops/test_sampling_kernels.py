@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests import emulated
+from tests.ops.places import place
 from tests.oracle import DTYPES, available_backends, seeded
 from unif2ace import native
 from unif2ace.ops import _noise, _registry
@@ -52,15 +53,6 @@ def sample(
 ) -> tuple[Tensor, Tensor]:
     run = registered(backend, "sample_tokens")
     return run(logits, *place.values(), temperature, uncond_logits, guidance, _noise.TOKEN_STREAM)
-
-
-def place(rows: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-    """seeds, positions and steps, in this order."""
-    return {
-        "seeds": torch.randint(-(2**63), 2**63 - 1, (rows,), generator=generator),
-        "positions": torch.arange(rows) * 65537 - 5,
-        "steps": torch.arange(rows, dtype=torch.int32) % 7 - 1,
-    }
 
 
 @given(

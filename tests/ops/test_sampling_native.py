@@ -13,18 +13,11 @@ import torch
 from torch import Tensor
 
 from tests.bits import assert_same_for_threads, assert_same_on_instruction_sets, needs_native
+from tests.ops.places import place
 from tests.oracle import DTYPES
 from unif2ace.ops import _noise, head_sample, remask, sample_tokens
 
 pytestmark = needs_native
-
-
-def place(rows: int) -> dict[str, Tensor]:
-    return {
-        "seeds": torch.randint(-(2**63), 2**63 - 1, (rows,)),
-        "positions": torch.arange(rows) * 65537 - 5,
-        "steps": torch.arange(rows, dtype=torch.int32) % 7 - 1,
-    }
 
 
 @pytest.mark.parametrize("stream", [0, 1, 2, 3, 2**31 + 5])

@@ -1,12 +1,9 @@
 """mix_sequences: against its definition row by row, and every back end against the oracle.
 
-The native kernel with a factor of 1 is a conversion to float32 and back: so all bit patterns of the 16-bit dtypes pass
-through it here, which tests csrc/cpu/convert.h for every kernel that uses it.
+Features that sequences share are in test_sequence_mix_shared.py, 16-bit numbers in test_sequence_mix_rounding.py.
 """
 
 from __future__ import annotations
-
-from itertools import accumulate, pairwise
 
 import pytest
 import torch
@@ -15,12 +12,12 @@ from hypothesis import strategies as st
 
 from benchmarks.shapes import SEQUENCE_MIX_SMALL, MixShape
 from tests.bits import assert_same_for_threads, assert_same_on_instruction_sets, needs_native
+from tests.ops.mixes import Tensors, mix_row_by_row, problem, run_mix
 from tests.oracle import assert_matches_reference, available_backends, backend_cases, noncontiguous, registered
 from unif2ace.errors import UserError
 from unif2ace.ops import _registry, mix_sequences
 
 BACKENDS = available_backends("sequence_mix")
-Tensors = dict[str, torch.Tensor]
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 needs_triton = pytest.mark.skipif("triton" not in BACKENDS, reason="Triton is not installed")
@@ -28,43 +25,7 @@ each_kernel = pytest.mark.parametrize("backend", [name for name in BACKENDS if n
 each_shape = pytest.mark.parametrize("shape", SEQUENCE_MIX_SMALL.values(), ids=SEQUENCE_MIX_SMALL.keys())
 CASES = backend_cases("sequence_mix")
 each_case = pytest.mark.parametrize(("backend", "dtype"), CASES, ids=str)
-each_16_bit_case = pytest.mark.parametrize(("backend", "dtype"), [c for c in CASES if c[1].itemsize == 2], ids=str)
 each_form = pytest.mark.parametrize("full", [True, False], ids=["residual", "plain"])
-
-
-def problem(shape: MixShape, full: bool = True, spare: int = 0) -> tuple[Tensors, torch.Tensor]:
-    """Tensors by name (features as s0, s1, ..) and the row offsets; `spare` rows belong to no sequence."""
-    rows, batch = shape.rows + spare, len(shape.lengths)
-    tensors = {
-        "x": torch.randn(rows, shape.hidden),
-        "scale": torch.randn(batch),
-        "coefficients": torch.randn(batch, shape.features),
-    }
-    tensors.update({f"s{j}": torch.randn(rows, shape.hidden) for j in range(shape.features)})
-    if full:
-        tensors["residual"] = torch.randn(rows, shape.hidden)
-        tensors["layer_scale"] = torch.tensor(0.7)
-    return tensors, torch.tensor([0, *accumulate(shape.lengths)], dtype=torch.int32)
-
-
-def run_mix(
-    tensors: Tensors, row_offsets: torch.Tensor, backend: str | None, feature_starts: torch.Tensor | None = None
-) -> torch.Tensor:
-    tensors = dict(tensors)
-    features = [tensors.pop(f"s{j}") for j in range(tensors["coefficients"].shape[1])]
-    options = {"feature_starts": feature_starts, "backend": backend}
-    return mix_sequences(**tensors, features=features, row_offsets=row_offsets, **options)
-
-
-def mix_row_by_row(tensors: Tensors, row_offsets: torch.Tensor) -> torch.Tensor:
-    x = tensors["x"]
-    result = torch.zeros_like(x)
-    for b, (low, high) in enumerate(pairwise(row_offsets.tolist())):
-        for r in range(low, high):
-            result[r] = tensors["scale"][b] * x[r]
-            for j in range(tensors["coefficients"].shape[1]):
-                result[r] += tensors["coefficients"][b, j] * tensors[f"s{j}"][r]
-    return tensors.get("residual", 0) + tensors.get("layer_scale", 1) * result
 
 
 @pytest.mark.parametrize("spare", [0, 2])
@@ -87,41 +48,6 @@ def test_values_and_gradients(backend: str, shape: MixShape, full: bool, dtype: 
 
     assert_matches_reference(run, tensors, dtype, backend)
     assert_matches_reference(run, tensors, dtype, backend, keep=("scale", "coefficients", "layer_scale"))
-
-
-SHARED = {  # lengths, rows of the features, where each sequence begins in them
-    "one for all": ((3, 3, 3), 3, [0, 0, 0]),
-    "overlapping": ((5, 0, 2), 9, [2, 9, 6]),
-    "no rows": ((0, 0), 0, [0, 0]),
-}
-each_sharing = pytest.mark.parametrize(("lengths", "rows", "starts"), SHARED.values(), ids=SHARED.keys())
-
-
-@each_sharing
-@each_case
-def test_shared_features(backend: str, dtype: torch.dtype, lengths: tuple[int, ...], rows: int, starts: list[int]):
-    """Bits and gradients are those of features gathered for every row before."""
-    tensors, offsets = problem(MixShape(lengths, 37, 2), spare=2 if rows else 0)
-    index = torch.cat([*(torch.arange(s, s + n) for s, n in zip(starts, lengths, strict=True)), offsets.new_zeros(2)])
-    tensors |= {name: torch.randn(rows, 37) for name in ("s0", "s1")}
-    starts = torch.tensor(starts)
-
-    def run(backend: str, **tensors: torch.Tensor) -> tuple[torch.Tensor]:
-        return (run_mix(tensors, offsets, backend, feature_starts=starts),)
-
-    assert_matches_reference(run, tensors, dtype, backend)
-    own = tensors | {name: tensors[name][index[: len(tensors["x"])]] for name in ("s0", "s1")}
-    assert torch.equal(*run(backend, **tensors), run_mix(own, offsets, backend))
-
-
-@each_backend
-def test_shared_features_of_any_layout(backend: str):
-    tensors, offsets = problem(MixShape((4, 3), 12, 2))
-    tensors |= {name: noncontiguous(torch.randn(5, 12)) for name in ("s0", "s1")}
-    starts = torch.tensor([1, 9, 2])[::2]
-    dense = {name: x.contiguous() for name, x in tensors.items()}
-    expected = run_mix(dense, offsets, "reference", feature_starts=torch.tensor([1, 2]))
-    torch.testing.assert_close(run_mix(tensors, offsets, backend, feature_starts=starts), expected)
 
 
 @each_backend
@@ -177,38 +103,6 @@ def test_factors_of_any_dtype(backend: str):
         torch.testing.assert_close(found.float(), expected.float(), rtol=2**-7, atol=1e-5)  # one step of bfloat16
 
 
-def bit_patterns(dtype: torch.dtype) -> torch.Tensor:
-    """Every number of a 16-bit dtype, in rows of 257: no multiple of any vector."""
-    patterns = torch.arange(256 * 257, dtype=torch.int32).remainder(65536).to(torch.int16)
-    return patterns.view(dtype).reshape(256, 257)
-
-
-def scaled(x: torch.Tensor, factor: float, backend: str) -> torch.Tensor:
-    rows = torch.tensor([0, len(x)])
-    return mix_sequences(x, torch.tensor([factor]), [], torch.zeros(1, 0), rows, backend=backend)
-
-
-def assert_equal_bits(found: torch.Tensor, expected: torch.Tensor) -> None:
-    assert torch.equal(found.isnan(), expected.isnan())
-    number = ~expected.isnan()
-    assert torch.equal(found[number].view(torch.int16), expected[number].view(torch.int16))
-
-
-@each_16_bit_case
-def test_every_number_passes_unchanged(backend: str, dtype: torch.dtype):
-    x = bit_patterns(dtype)
-    assert_equal_bits(scaled(x, 1.0, backend), x)
-
-
-# Thirds have all mantissa bits set one way or the other; 1 + 2^-9 and 1 + 2^-12 make ties; the large and small factors
-# push bfloat16 and float16 over and under their range, through the subnormals.
-@pytest.mark.parametrize("factor", [1 / 3, -2 / 3, 1 + 2**-9, 1 + 2**-12, 40000.0, 3e38, 2.0**-13, 3e-6, 1e-30])
-@each_16_bit_case
-def test_results_round_as_torch_rounds(backend: str, dtype: torch.dtype, factor: float):
-    x = bit_patterns(dtype)
-    assert_equal_bits(scaled(x, factor, backend), (x.float() * torch.tensor(factor)).to(dtype))
-
-
 @pytest.mark.parametrize("full", [True, False])
 @each_kernel
 def test_rows_in_no_sequence_count_for_nothing(backend: str, full: bool):
@@ -244,25 +138,6 @@ def test_bad_row_offsets_harm_nobody_where_values_are_unknown(offsets: list[int]
     result = run_mix(leaves, torch.tensor(offsets, dtype=torch.int32), "triton")
     grads = torch.autograd.grad(result.sum(), list(leaves.values()))
     assert all(x.isfinite().all() for x in (result, *grads))
-
-
-@needs_native
-@pytest.mark.parametrize("starts", [[-1, 0], [0, 2], [5, 0], [0, -(2**31)], [2**31 - 1, 0]])
-def test_bad_feature_starts_are_refused(starts: list[int]):
-    tensors, offsets = problem(MixShape((2, 3), 4, 1))
-    tensors["s0"] = torch.randn(4, 4)
-    with pytest.raises(UserError, match="mix_sequences: feature_starts and lengths must stay within 4 rows"):
-        run_mix(tensors, offsets, "native", feature_starts=torch.tensor(starts))
-
-
-@pytest.mark.parametrize("starts", [[-1, 0], [0, 2], [5, 0], [0, -(2**31)], [2**31 - 1, 0]])
-@pytest.mark.parametrize("offsets", [[0, 2, 5], [0, -(2**31), 2**31 - 1]])
-@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "native"])
-def test_bad_feature_starts_harm_nobody_where_values_are_unknown(backend: str, starts: list[int], offsets: list[int]):
-    tensors, _ = problem(MixShape((2, 3), 4, 1))
-    tensors["s0"] = torch.randn(6, 4)[1:5]
-    result = run_mix(tensors, torch.tensor(offsets), backend, feature_starts=torch.tensor(starts))
-    assert result.isfinite().all()
 
 
 @needs_native
@@ -352,19 +227,6 @@ def test_compiles_into_one_graph(backend: str):
         torch.testing.assert_close(compiled(tensors), loss(tensors))
 
 
-@pytest.mark.parametrize("gradients", [False, True])
-@each_backend
-def test_shared_features_compile_into_one_graph(backend: str, gradients: bool):
-    tensors, offsets = problem(MixShape((4, 4), 5, 1))
-    tensors["s0"] = torch.randn(4, 5).requires_grad_(gradients)
-
-    def run(tensors: Tensors) -> torch.Tensor:
-        return run_mix(tensors, offsets, backend, feature_starts=torch.zeros(2, dtype=torch.int32))
-
-    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(tensors), run(tensors))
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -375,20 +237,6 @@ def test_shared_features_compile_into_one_graph(backend: str, gradients: bool):
         ({"row_offsets": torch.zeros(2, dtype=torch.int32)}, r"row_offsets must be \[3\] integer, got \[2\] int32"),
         ({"features": [torch.zeros(3, 4)]}, r"features\[0\] must be like x, \[5, 4\] float32, got \[3, 4\] float32"),
         ({"residual": torch.zeros(5, 4).half()}, "residual must be like x"),
-        ({"feature_starts": torch.zeros(2)}, r"feature_starts must be \[2\] integer, got \[2\] float32"),
-        ({"feature_starts": torch.zeros(3).int()}, r"feature_starts must be \[2\] integer, got \[3\] int32"),
-        (
-            {"feature_starts": torch.zeros(2).int(), "features": [torch.zeros(0, 4)]},
-            r"features\[0\] must be \[F, 4\] float32, with the same F > 0 for every feature, got \[0, 4\] float32",
-        ),
-        (
-            {
-                "feature_starts": torch.zeros(2).int(),
-                "features": [torch.zeros(3, 4), torch.zeros(2, 4)],
-                "coefficients": torch.zeros(2, 2),
-            },
-            r"features\[1\] must be \[F, 4\] float32, with the same F .*, got \[2, 4\] float32",
-        ),
         ({"layer_scale": torch.zeros(4)}, "layer_scale must be one floating point number"),
     ],
 )

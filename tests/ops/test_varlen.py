@@ -17,19 +17,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.ops.test_omni_attention import (
-    LAYOUTS,
+from tests.ops.attention import (
     any_partition,
+    each_layout,
     generation,
     num_rows,
     problem,
     understanding,
     with_one_mask,
 )
-from unif2ace.ops import _varlen, omni_attention
-from unif2ace.ops.omni_attention import AttentionBlocks, _native_forward, reference_omni_attention
-
-each_layout = pytest.mark.parametrize("blocks", LAYOUTS.values(), ids=LAYOUTS.keys())
+from unif2ace.ops import _registry, _varlen, omni_attention
+from unif2ace.ops.omni_attention import AttentionBlocks, _native_forward, _with_past, reference_omni_attention
 
 
 def varlen(
@@ -129,16 +127,24 @@ def test_a_decoding_step_is_one_full_call(asked: list[dict]):
     torch.testing.assert_close(found, with_one_mask(**inputs, blocks=blocks, scale=1.0))
 
 
-def test_a_denoising_step_is_one_call_without_copies(asked: list[dict]):
-    """Image rows of three faces against cached texts of 4, 2 and 5 rows, 20 rows of cache for each."""
-    inputs = problem(27, 60)
-    blocks = tuple((9 * b, 9 * b + 9, 20 * b, 20 * b + text + 9, False) for b, text in enumerate((4, 2, 5)))
-    found = _native_forward(*inputs.values(), blocks, 1.0)
+def test_a_denoising_step_is_one_full_call(asked: list[dict]):
+    """Image rows of three faces behind cached texts of 4, 2 and 5 rows, 20 rows of cache for each."""
+    q, k, v = problem(27, 27).values()
+    past = torch.randn(2, 60, 3, 8)
+    blocks = tuple((9 * b, 9 * b + 9, 9 * b, 9 * b + 9, False, 20 * b, 20 * b + n) for b, n in enumerate((4, 2, 5)))
+    flat = [int(number) for block in blocks for number in block]
+    found = _with_past(_native_forward)(q, k, v, *past, flat, 1.0)
     (call,) = asked
-    assert call["q"].data_ptr() == inputs["q"].data_ptr()
-    assert call["cu_seqlens_q"].tolist() == [0, 9, 9, 18, 18, 27, 27]
-    assert call["cu_seqlens_k"].tolist() == [0, 13, 20, 31, 40, 54, 60]
-    torch.testing.assert_close(found, with_one_mask(**inputs, blocks=blocks, scale=1.0))
+    assert call["q"].data_ptr() == q.data_ptr()
+    assert call["cu_seqlens_q"].tolist() == [0, 9, 18, 27]
+    assert call["cu_seqlens_k"].tolist() == [0, 13, 24, 38]
+    wanted = omni_attention(q, k, v, blocks, past=tuple(past), scale=1.0, backend="reference")
+    torch.testing.assert_close(found, wanted)
+
+
+def test_no_compiled_module_is_needed():
+    """The calls of libraries cover every registered op: else a GPU, for which nothing is compiled, would be refused."""
+    assert _registry.why_not("omni_attention", "native", "cuda") is None
 
 
 def test_shared_keys_take_a_call_each(asked: list[dict]):

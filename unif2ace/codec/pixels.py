@@ -1,4 +1,4 @@
-"""Between stored pixels and the range models work in, and the one number that compares two images.
+"""Between stored pixels and the range models work in, what models take, and the one number that compares two images.
 
 Stored images are uint8 [..., H, W, 3] (0..255, channels last: how files and tables hold them). Models take and give
 floating point [B, 3, H, W] in [-1, 1].
@@ -30,6 +30,17 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
     if not images.is_floating_point() or images.ndim != 4 or images.shape[1] != 3:
         raise UserError(f"images must be floating point [B, 3, H, W], got {images.dtype} {list(images.shape)}")
     return images.float().add(1.0).mul(127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def check_images(owner: str, images: torch.Tensor, size: int | None = None) -> None:
+    """Raise `UserError` unless images are floating point [B, 3, S, S], with S = size where a size is given."""
+    square = images.ndim == 4 and images.shape[1] == 3 and images.shape[2] == images.shape[3]
+    fits = square and images.is_floating_point()
+    if not fits or (size is not None and images.shape[2] != size):
+        side = size or "S"
+        raise UserError(
+            f"{owner}: images must be floating point [B, 3, {side}, {side}], got {images.dtype} {list(images.shape)}"
+        )
 
 
 def psnr(images: torch.Tensor, targets: torch.Tensor) -> float:

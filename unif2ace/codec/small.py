@@ -34,6 +34,7 @@ from torch.nn import functional as F
 from vector_quantize_pytorch import FSQ
 
 from unif2ace.codec.invariant import Conv2d, GroupNorm, gelu, in_parts
+from unif2ace.codec.pixels import check_images
 from unif2ace.codec.storage import load_weights, read_config, save_network
 from unif2ace.errors import UserError
 
@@ -144,7 +145,7 @@ class SmallCodec(nn.Module):
         channels = len(self.config.levels)
         self.encoder = Encoder(self.config)
         self.normalise = nn.BatchNorm2d(channels, affine=False)
-        # On a unit Gaussian FSQ's 4 levels take 12, 24, 31 and 32 %: all in use, so no gain needs to be learned.
+        # On a unit Gaussian FSQ's 4 levels take 13, 24, 31 and 32 %: all in use, so no gain needs to be learned.
         self.quantise = FSQ(list(self.config.levels))
         self.decoder = Decoder(self.config)
 
@@ -177,11 +178,7 @@ class SmallCodec(nn.Module):
         Raises `UserError` when the images have another shape or an integer dtype. Call in evaluation mode: in training
         mode the normalisation uses the batch's own statistics.
         """
-        size = self.image_size
-        if images.ndim != 4 or images.shape[1:] != (3, size, size) or not images.is_floating_point():
-            raise UserError(
-                f"codec: images must be floating point [B, 3, {size}, {size}], got {images.dtype} {list(images.shape)}"
-            )
+        check_images("codec", images, self.image_size)
         if not len(images):  # pixel_unshuffle hands an empty batch back unchanged
             return torch.empty(0, self.num_tokens, dtype=torch.long, device=images.device)
         _, codes = self.quantise(self.normalise(in_parts(self.encoder, images)))
@@ -212,8 +209,8 @@ class SmallCodec(nn.Module):
         save_network(folder, "codec", self, self.config, dtype)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, dtype: torch.dtype = torch.float32) -> SmallCodec:
+    def from_pretrained(cls, folder: str | Path) -> SmallCodec:
         """Read a codec written by `save_pretrained`, in evaluation mode; `UserError` when files are missing or bad."""
-        codec = cls(SmallCodecConfig(**read_config(Path(folder) / "codec.json", SmallCodecConfig)))
+        codec = cls(read_config(Path(folder) / "codec.json", SmallCodecConfig))
         load_weights(codec, Path(folder) / "codec.safetensors")
-        return codec.to(dtype).eval()
+        return codec.eval()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -16,6 +17,8 @@ from torch import nn
 
 from unif2ace.errors import UserError
 from unif2ace.files import replace_file, write_text
+
+Config = TypeVar("Config")
 
 
 def save_network(folder: str | Path, stem: str, module: nn.Module, config: object, dtype: torch.dtype | None) -> None:
@@ -31,8 +34,8 @@ def save_network(folder: str | Path, stem: str, module: nn.Module, config: objec
     write_text(folder / f"{stem}.json", text)
 
 
-def read_config(path: Path, config_class: type) -> dict:
-    """The fields of a dataclass from a JSON file; `UserError` for a missing or broken file or an unknown field."""
+def read_config(path: Path, config_class: type[Config]) -> Config:
+    """A dataclass from a JSON file; `UserError` for a missing or broken file, an unknown field or a value of no use."""
     try:
         fields = json.loads(path.read_text())
     except FileNotFoundError as error:
@@ -42,7 +45,11 @@ def read_config(path: Path, config_class: type) -> dict:
     known = {field.name for field in dataclasses.fields(config_class)}
     if not isinstance(fields, dict) or set(fields) - known:
         raise UserError(f"{path}: expected an object with the fields {sorted(known)}, got {str(fields)[:200]}")
-    return fields
+    try:
+        return config_class(**fields)
+    except TypeError as error:
+        name = config_class.__name__
+        raise UserError(f"{path}: expected the values of a {name}, got {str(fields)[:200]} ({error})") from error
 
 
 def load_weights(module: nn.Module, path: Path) -> None:

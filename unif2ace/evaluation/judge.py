@@ -13,10 +13,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from unif2ace.codec.pixels import check_images
 from unif2ace.codec.storage import load_weights, read_config, save_network
 from unif2ace.data.attributes import ATTRIBUTES
 from unif2ace.errors import UserError
-from unif2ace.model.features import ConvTower, check_images
+from unif2ace.model.features import ConvTower
 
 UNKNOWN = -1
 
@@ -75,7 +76,7 @@ class Judge(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Judge:
         """Read what `save_pretrained` wrote, in evaluation mode; `UserError` when files are missing or bad."""
-        judge = cls(JudgeConfig(**read_config(Path(folder) / "judge.json", JudgeConfig)))
+        judge = cls(read_config(Path(folder) / "judge.json", JudgeConfig))
         load_weights(judge, Path(folder) / "judge.safetensors")
         return judge.eval()
 

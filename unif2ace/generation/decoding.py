@@ -26,12 +26,13 @@ import torch
 from torch import Tensor
 
 from unif2ace.errors import UserError
+from unif2ace.generation.settings import check_answering
 from unif2ace.model.attention import KVCache
 from unif2ace.model.transformer import UniF2ace
 from unif2ace.ops import linear, sample_tokens
+from unif2ace.ops._noise import TEXT_STREAM
 from unif2ace.vocabulary import pack_questions, pack_text_step, pack_understanding_image
 
-TEXT_STREAM = 2  # noise stream of text decoding (spec: 0 tokens, 1 confidence, 2 text, 3 training masks)
 STEPS_PER_CHECK = {"cpu": 1, "cuda": 8}
 
 Stop = Callable[[list[int]], bool]
@@ -64,30 +65,32 @@ def stream_answers(
     """Answers as they grow: the pieces of each, in order; those of different answers interleaved.
 
     Args:
-        codes: [P, N] of the images, features: name -> [P, rows, width].
-        questions: token ids with the template, Q of them. images: question q is about image images[q]; None: about
-            image q.
+        codes: [P, N] of the images. features: name -> [P, rows, width] of them; None where the model reads none.
+        questions: token ids with the template, Q of them.
+        images: question q is about image images[q]; None: about image q.
         max_new_tokens: longest answer. An answer ends before the end-of-text token, which is left out.
         temperature: 0 is greedy; above, `top_k` and `top_p` narrow the choice. seeds: one int64 per question.
         stop: stop(tokens so far) ends an answer after these tokens.
         steps_per_check: after so many steps the host looks at the tokens; None takes `STEPS_PER_CHECK`.
 
     Raises:
-        UserError: options out of range, ids that are none, more or fewer images than questions speak of.
+        UserError: options out of range, ids that are none, more or fewer images or seeds than questions.
     """
-    _check(max_new_tokens, top_k, top_p)
+    check_answering(max_new_tokens, temperature, top_k, top_p)
     vocabulary, device = model.vocabulary, model.head.weight.device
     which = list(range(len(questions))) if images is None else list(images)
     if len(which) != len(questions) or any(not 0 <= image < len(codes) for image in which):
         raise UserError(f"answers: expected an image below {len(codes)} for each of {len(questions)} questions")
+    if seeds is not None and len(seeds) != len(questions):
+        raise UserError(f"answers: expected one seed for each of {len(questions)} questions, got {len(seeds)}")
     weight, bias = model.head.weight[: vocabulary.n_text], model.head.bias[: vocabulary.n_text]
     if not which:
         return
     seed_of = torch.tensor(list(seeds) if seeds is not None else [0] * len(which), device=device)
     every = steps_per_check or STEPS_PER_CHECK.get(device.type, 1)
 
-    longest = max((len(question) for question in questions), default=0)
-    cache = model.new_cache(len(which), codes.shape[1] + 3 + longest + 1 + max_new_tokens)
+    length = codes.shape[1] + 3 + 1 + max(map(len, questions)) + max_new_tokens
+    cache = model.new_cache(len(which), length)
     _run_images(model, cache, codes, which, features)
     batch = pack_questions(vocabulary, questions, cache.lengths, device)
     hidden = model(batch, cache=cache).hidden[batch.layout.last_rows]
@@ -102,7 +105,7 @@ def stream_answers(
         counter = torch.full_like(rows, step)
         logits = _restrict(linear(hidden, weight, bias), temperature, top_k, top_p)
         chosen, _ = sample_tokens(logits, seed_of[rows], counter, counter, temperature=temperature, stream=TEXT_STREAM)
-        unread.append(chosen.long())
+        unread.append(chosen)
         last = step + 1 == max_new_tokens
         if last or len(unread) == every:
             going = []
@@ -153,22 +156,14 @@ def _run_images(
             cache.write_row(row, cache.read_row(first))
 
 
-def _check(max_new_tokens: int, top_k: int | None, top_p: float | None) -> None:
-    if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
-    if top_k is not None and top_k < 1:
-        raise UserError(f"top_k: expected at least 1, got {top_k}")
-    if top_p is not None and not 0.0 < top_p <= 1.0:
-        raise UserError(f"top_p: expected a number in (0, 1], got {top_p}")
-
-
 def _restrict(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
     """-inf outside the `top_k` best and outside the smallest set with probability `top_p` (at least the best stays)."""
     if top_k is not None and top_k < logits.shape[1]:
         logits = logits.masked_fill(logits < logits.topk(top_k, dim=1).values[:, -1:], float("-inf"))
     if top_p is not None and temperature > 0:
         ordered, index = logits.sort(dim=1, descending=True, stable=True)
-        probability = (ordered / temperature).softmax(1)
+        wide = ordered.to(torch.promote_types(ordered.dtype, torch.float32))  # 16 bits lose the sums of small numbers
+        probability = (wide / temperature).softmax(1)
         before = probability.cumsum(1) - probability
         logits = logits.scatter(1, index, ordered.masked_fill(before >= top_p, float("-inf")))
     return logits

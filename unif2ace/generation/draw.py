@@ -19,7 +19,7 @@ from unif2ace.model.transformer import UniF2ace
 
 @dataclass(frozen=True, eq=False)
 class DrawingTask:
-    """Images to draw, one for each seed; the seeds are shared out evenly, so many for the first prompt, and so on.
+    """Images to draw, one for each seed: the first `images_per_prompt` seeds are the first prompt's, and so on.
 
     prompts: text ids. known: (codes [N], which to keep [N] bool) of every image, or None. batch_size: images drawn at a
     time. on_step(done, total): called after every step of a batch.

@@ -14,7 +14,8 @@ slot. What the images of a prompt share is computed once and kept for the prompt
   that does so with images (`codec/small.py`). cuBLAS picks kernels by the number of rows, MKL's and the reference's
   expert products depend on it: there the last bit of a logit may differ between batches, and rarely a token.
 * **A bad request fails alone.** What can be checked is checked when it is submitted. A step that fails is taken again
-  request by request; those that fail again end with their reason, the others go on.
+  request by request, pictures that cannot be decoded together are decoded one by one; what fails again ends with its
+  reason, the others go on.
 * **Memory is bounded** by `max_batch`: weights, the slots' cache, one pass. `submit` draws until there is room in the
   queue before it takes more.
 
@@ -24,8 +25,8 @@ One thread: `submit`, `step` and `stream` do the work in the caller's.
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -37,64 +38,12 @@ from unif2ace.errors import UserError
 from unif2ace.generation.denoise import run_step
 from unif2ace.generation.plan import plan_step
 from unif2ace.generation.prefix import Prefix, run_prefixes
-from unif2ace.generation.schedule import Step, check_steps, schedule_steps
-from unif2ace.generation.settings import MAX_GUIDANCE, MAX_TEMPERATURE, check_count, check_number, codes_to_draw
+from unif2ace.generation.request import Face, Job, Key, Request, accept
+from unif2ace.generation.settings import check_count
 from unif2ace.generation.slots import Drawing, Slots
 from unif2ace.model.transformer import UniF2ace
 
-MAX_SEED = 2**64 - 1
 FAILURES = (UserError, torch.OutOfMemoryError)
-
-_Key = tuple[tuple[int, ...], bytes]  # prompt, and the codes to start from
-
-
-@dataclass(frozen=True, eq=False)
-class Request:
-    """Images of one prompt (text ids without control tokens), one for each seed; `key` is the caller's.
-
-    In-painting and variations: `known_codes` and `known`, both [N], keep a region or any set of tokens and draw the
-    rest, anew for every seed.
-    """
-
-    prompt: Sequence[int]
-    seeds: Sequence[int] = (0,)
-    steps: int = 18
-    guidance: float = 3.0
-    temperature: float = 1.0
-    tau: float = 1.0
-    known_codes: Tensor | None = None
-    known: Tensor | None = None
-    key: Hashable = None
-
-
-@dataclass(frozen=True, eq=False)
-class Face:
-    """Image `index` of a request: codes [N] int64 and pixels [S, S, 3] uint8 on the CPU, or why there are none."""
-
-    request: Request
-    index: int
-    codes: Tensor | None = None
-    pixels: Tensor | None = None
-    error: str | None = None
-
-
-@dataclass(eq=False)
-class _Job:
-    """An accepted request: where its images start, and how many have left the queue."""
-
-    request: Request
-    codes: Tensor  # [N] on the host
-    steps: tuple[Step, ...]
-    taken: int = 0
-
-    def __post_init__(self) -> None:
-        start = self.codes.numpy().tobytes()
-        self.cond_key: _Key = tuple(self.request.prompt), start
-        self.uncond_key: _Key = (), start
-
-    @property
-    def waiting(self) -> int:
-        return len(self.request.seeds) - self.taken
 
 
 class GenerationEngine:
@@ -116,10 +65,10 @@ class GenerationEngine:
         self.on_step = on_step
         self.slots = Slots(model, max_batch, max_prompt_tokens)
         self._free = list(range(max_batch))[::-1]
-        self._queue: deque[_Job] = deque()
-        self._drawing: list[tuple[_Job, int, Drawing]] = []
+        self._queue: deque[Job] = deque()
+        self._drawing: list[tuple[Job, int, Drawing]] = []
         self._finished: deque[Face] = deque()
-        self._prefixes: OrderedDict[_Key, Prefix] = OrderedDict()
+        self._prefixes: OrderedDict[Key, Prefix] = OrderedDict()
 
     # -------------------------------------------------------------------------------------------------------- requests
 
@@ -129,9 +78,9 @@ class GenerationEngine:
         While `max_batch` images or more wait, it draws first: a fast producer is slowed to the speed of drawing.
         """
         try:
-            job = self._accept(request)
+            job = accept(request, self.model, self.max_prompt_tokens)
         except UserError as error:
-            self._fail(request, range(len(request.seeds) if isinstance(request.seeds, Sequence) else 1), error)
+            self._fail(request, range(len(request.seeds) if isinstance(request.seeds, Sequence) else 1), str(error))
             return
         if not job.steps:  # everything is known
             for index in range(job.waiting):
@@ -171,34 +120,8 @@ class GenerationEngine:
         """Is anything waiting, being drawn, or not yet picked up?"""
         return bool(self._queue or self._drawing or self._finished)
 
-    def _accept(self, request: Request) -> _Job:
-        check_steps(request.steps)
-        check_number("guidance", request.guidance, MAX_GUIDANCE)
-        check_number("temperature", request.temperature, MAX_TEMPERATURE)
-        check_number("tau", request.tau, MAX_TEMPERATURE)
-        text_ids = self.model.vocabulary.n_text
-        for name, value in (("prompt", request.prompt), ("seeds", request.seeds)):
-            if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
-                raise UserError(f"{name}: expected a sequence of integers, got {type(value).__name__}")
-        if len(request.prompt) > self.max_prompt_tokens:
-            raise UserError(f"prompt: expected at most {self.max_prompt_tokens} tokens, got {len(request.prompt)}")
-        for token in request.prompt:
-            if not isinstance(token, int) or not 0 <= token < text_ids:
-                raise UserError(f"prompt: expected text ids in 0..{text_ids - 1}, got {token!r}")
-        for seed in request.seeds:
-            if not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
-                raise UserError(f"seed: expected integers from 0 to 2^64 - 1, got {seed!r}")
-        known, known_codes = (
-            value.cpu() if isinstance(value, Tensor) else value for value in (request.known, request.known_codes)
-        )
-        mask_code = self.model.vocabulary.mask_code
-        codes = codes_to_draw((self.model.config.num_image_tokens,), mask_code, known_codes, known)
-        unknown = int((codes == mask_code).sum())
-        return _Job(request, codes, tuple(schedule_steps(unknown, request.steps, tau=request.tau)))
-
-    def _fail(self, request: Request, images: Iterable[int], error: Exception) -> None:
-        reason = str(error).splitlines()[0]
-        self._finished.extend(Face(request, index, error=reason) for index in images)
+    def _fail(self, request: Request, images: Iterable[int], reason: str) -> None:
+        self._finished.extend(Face(request, index, error=reason.partition("\n")[0]) for index in images)
 
     # --------------------------------------------------------------------------------------------------------- drawing
 
@@ -208,9 +131,12 @@ class GenerationEngine:
         self._admit()
         if not self._drawing:
             return
+        failed = False
         try:
-            run_step(self.model, self.slots, plan_step(self.slots, [d for *_, d in self._drawing]))
+            self._run_step(self._drawing)
         except FAILURES:
+            failed = True
+        if failed:  # not in the handler: what was raised holds the memory of the failed pass
             self._step_apart()
         going, done = [], []
         for job, index, drawing in self._drawing:
@@ -225,36 +151,48 @@ class GenerationEngine:
         if self.on_step is not None:
             self.on_step()
 
+    def _run_step(self, entries: Sequence[tuple[Job, int, Drawing]]) -> None:
+        run_step(self.model, self.slots, plan_step(self.slots, [drawing for *_, drawing in entries]))
+
     def _step_apart(self) -> None:
         """Run the step for each request by itself, and drop those that fail."""
         for job in {id(job): job for job, *_ in self._drawing}.values():
-            own = [entry for entry in self._drawing if entry[0] is job]
             try:
-                run_step(self.model, self.slots, plan_step(self.slots, [drawing for *_, drawing in own]))
+                self._run_step([entry for entry in self._drawing if entry[0] is job])
             except FAILURES as error:
-                self._drop(job, error)
+                self._drop(job, str(error))
 
-    def _drop(self, job: _Job, error: Exception) -> None:
+    def _drop(self, job: Job, reason: str) -> None:
         """End all images of a job that are not done."""
         drawing = [index for owner, index, _ in self._drawing if owner is job]
         self._free.extend(d.slot for owner, _, d in self._drawing if owner is job)
         self._drawing = [entry for entry in self._drawing if entry[0] is not job]
-        self._fail(job.request, [*drawing, *range(job.taken, len(job.request.seeds))], error)
+        self._fail(job.request, [*drawing, *range(job.taken, len(job.request.seeds))], reason)
         job.taken = len(job.request.seeds)
         self._queue = deque(waiting for waiting in self._queue if waiting is not job)
 
-    def _finish(self, done: list[tuple[_Job, int, Tensor]]) -> None:
-        """Decode the codes of finished images, all together."""
+    def _finish(self, done: list[tuple[Job, int, Tensor]]) -> None:
+        """Decode the codes of finished images, all together; one by one where that fails."""
         if not done:
             return
-        codes = torch.stack([codes for *_, codes in done])
-        pixels = to_uint8(self.codec.decode(codes)).cpu()
-        for (job, index, _), own, face in zip(done, codes.cpu(), pixels, strict=True):
-            self._finished.append(Face(job.request, index, own, face))
+        codes, reason = torch.stack([codes for *_, codes in done]), None
+        try:
+            pixels = to_uint8(self.codec.decode(codes)).cpu()
+        except FAILURES as error:
+            reason = str(error)
+        if reason is None:
+            for (job, index, _), own, face in zip(done, codes.cpu(), pixels, strict=True):
+                self._finished.append(Face(job.request, index, own, face))
+        elif len(done) > 1:
+            for one in done:
+                self._finish([one])
+        else:
+            ((job, index, _),) = done
+            self._fail(job.request, [index], reason)
 
     def _admit(self) -> None:
         """Give free slots to waiting images, in order."""
-        picked: list[_Job] = []  # one entry per image
+        picked: list[Job] = []  # one entry per image
         for job in self._queue:
             picked += [job] * min(len(self._free) - len(picked), job.waiting)
         self._prepare(list({id(job): job for job in picked}.values()))
@@ -264,8 +202,8 @@ class GenerationEngine:
             drawing = Drawing(
                 slot=self._free.pop(),
                 steps=job.steps,
-                cond=self._prefixes[job.cond_key],
-                uncond=self._prefixes[job.uncond_key] if job.request.guidance > 0 else None,
+                cond=self._prefixes[job.cond],
+                uncond=None if job.uncond is None else self._prefixes[job.uncond],
                 guidance=float(job.request.guidance),
                 temperature=float(job.request.temperature),
             )
@@ -277,11 +215,11 @@ class GenerationEngine:
         while len(self._prefixes) > 2 * self.max_batch:  # as many as images in slots can need
             self._prefixes.popitem(last=False)
 
-    def _prepare(self, jobs: Sequence[_Job]) -> None:
+    def _prepare(self, jobs: Sequence[Job]) -> None:
         """Compute the prefixes of these jobs that are not at hand, and drop the jobs for which that fails."""
-        missing: dict[_Key, Tensor] = {}
+        missing: dict[Key, Tensor] = {}
         for job in jobs:
-            for key in [job.cond_key] + ([job.uncond_key] if job.request.guidance > 0 else []):
+            for key in job.keys:
                 if key in self._prefixes:
                     self._prefixes.move_to_end(key)
                 else:
@@ -292,17 +230,17 @@ class GenerationEngine:
             self._prefixes.update(self._run_prefixes(missing))
             return
         except FAILURES:
-            reasons: dict[_Key, Exception] = {}
+            reasons: dict[Key, str] = {}
         for key, codes in missing.items():
             try:
                 self._prefixes.update(self._run_prefixes({key: codes}))
             except FAILURES as error:
-                reasons[key] = error
+                reasons[key] = str(error)
         for job in jobs:
-            for key in (job.cond_key, job.uncond_key):
+            for key in job.keys:
                 if key in reasons and job.waiting:
                     self._drop(job, reasons[key])
 
-    def _run_prefixes(self, missing: dict[_Key, Tensor]) -> dict[_Key, Prefix]:
+    def _run_prefixes(self, missing: dict[Key, Tensor]) -> dict[Key, Prefix]:
         found = run_prefixes(self.model, [prompt for prompt, _ in missing], list(missing.values()))
         return dict(zip(missing, found, strict=True))

@@ -29,9 +29,9 @@ class FirstLayer:
 
     def __init__(self, model: UniF2ace, halves: int) -> None:
         config = model.config
-        self.heads = config.num_heads, config.head_dim
+        self.head_shape = config.num_heads, config.head_dim
         self.kept = model.head.weight.new_empty(halves, config.image_rows, 4, config.hidden_size)
-        self.min_rows = INVARIANT_ROWS if self.kept.element_size() == 2 else 0
+        self.min_rows = INVARIANT_ROWS if self.kept.element_size() == 2 else 0  # as in model/linear.py
 
     def update(self, model: UniF2ace, tokens: Tensor, places: Tensor, positions: Tensor, rows: Tensor) -> None:
         """Rows whose token is new, all [R] int64: ids, places in their image, positions, half * image rows + place."""
@@ -45,4 +45,4 @@ class FirstLayer:
         """All rows of `halves`, one half after the other: of a range without a copy, or of indices [S]."""
         kept = self.kept[halves] if isinstance(halves, slice) else self.kept.index_select(0, halves)
         x, *projected = kept.flatten(0, 1).unbind(1)
-        return Tokenwise(x, *(part.unflatten(1, self.heads) for part in projected))
+        return Tokenwise(x, *(part.unflatten(1, self.head_shape) for part in projected))

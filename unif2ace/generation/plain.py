@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from unif2ace.errors import UserError
 from unif2ace.generation.schedule import Step, schedule_steps
 from unif2ace.generation.settings import codes_to_draw, to_signed
 from unif2ace.model.transformer import UniF2ace
@@ -41,8 +42,11 @@ def generate_codes(
 
     guidance w >= 0, z = (1 + w) z_cond - w z_uncond; 0 runs the conditional half only. temperature: of the token
     choice, 0 is greedy. tau: initial scale of the re-masking noise. known_codes, known (bool), both [B, N]: codes to
-    keep, which are never touched. on_step(done, total) is called after each step.
+    keep, which are never touched. on_step(done, total) is called after each step. Raises `UserError` for what does not
+    fit.
     """
+    if len(seeds) != len(prompts):
+        raise UserError(f"generate: expected one seed for each of {len(prompts)} prompts, got {len(seeds)}")
     vocabulary, device = model.vocabulary, model.head.weight.device
     batch, size = len(prompts), model.config.num_image_tokens
     codes = codes_to_draw((batch, size), vocabulary.mask_code, known_codes, known).to(device)
@@ -52,7 +56,7 @@ def generate_codes(
     halves = [pack_generation(vocabulary, text, codes) for text in texts]
     seed = torch.tensor([to_signed(value) for value in seeds], device=device)
     position = torch.arange(size, device=device).repeat(batch)
-    for k in range(max(map(len, plans))):
+    for k in range(max(map(len, plans), default=0)):
         now = [plan[k] if k < len(plan) else Step(0, 0, 0.0) for plan in plans]
         ratio = torch.tensor([step.unknown / size for step in now], device=device).clamp(min=1 / size)
         logits = []

@@ -22,6 +22,7 @@ from unif2ace.generation.schedule import check_steps
 
 MAX_GUIDANCE = 100.0
 MAX_TEMPERATURE = 100.0
+MAX_SEED = 2**64 - 1
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,16 @@ def check_count(name: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise UserError(f"{name}: expected an integer of at least 1, got {value!r}")
     return value
+
+
+def check_answering(max_new_tokens: object, temperature: object, top_k: object, top_p: object) -> None:
+    """Refuse what answers cannot be decoded with; `top_k` and `top_p` None: no limit."""
+    check_count("max_new_tokens", max_new_tokens)
+    check_number("temperature", temperature, MAX_TEMPERATURE)
+    if top_k is not None:
+        check_count("top_k", top_k)
+    if top_p is not None and check_number("top_p", top_p, 1.0) == 0.0:
+        raise UserError(f"top_p: expected a number above 0 and up to 1, got {top_p!r}")
 
 
 def codes_to_draw(shape: torch.Size | tuple[int, ...], mask_code: int, known_codes: object, known: object) -> Tensor:

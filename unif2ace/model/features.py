@@ -26,6 +26,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from unif2ace.codec.invariant import Conv2d, gelu, in_parts
+from unif2ace.codec.pixels import check_images
 from unif2ace.codec.small import ResidualBlock
 from unif2ace.codec.storage import load_weights, read_config, save_network
 from unif2ace.errors import UserError
@@ -48,17 +49,6 @@ class FeatureEncoder(Protocol):
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """images [B, 3, S, S] floating point in [-1, 1] -> [B, num_rows, width]."""
         ...
-
-
-def check_images(owner: str, images: torch.Tensor, size: int | None = None) -> None:
-    """Raise `UserError` unless images are floating point [B, 3, S, S], with S = size where a size is given."""
-    square = images.ndim == 4 and images.shape[1] == 3 and images.shape[2] == images.shape[3]
-    fits = square and images.is_floating_point()
-    if not fits or (size is not None and images.shape[2] != size):
-        side = size or "S"
-        raise UserError(
-            f"{owner}: images must be floating point [B, 3, {side}, {side}], got {images.dtype} {list(images.shape)}"
-        )
 
 
 class ConvTower(nn.Module):
@@ -126,11 +116,11 @@ class _SmallEncoder(nn.Module):
         save_network(folder, self.name, self, self.config, dtype)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, dtype: torch.dtype = torch.float32):
+    def from_pretrained(cls, folder: str | Path):
         """Read what `save_pretrained` wrote, in evaluation mode; `UserError` when files are missing or bad."""
-        encoder = cls(TowerConfig(**read_config(Path(folder) / f"{cls.name}.json", TowerConfig)))
+        encoder = cls(read_config(Path(folder) / f"{cls.name}.json", TowerConfig))
         load_weights(encoder, Path(folder) / f"{cls.name}.safetensors")
-        return encoder.to(dtype).eval()
+        return encoder.eval()
 
 
 class SmallClipEncoder(_SmallEncoder):
@@ -207,6 +197,8 @@ class ClipEncoder(nn.Module):
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """images [B, 3, S, S] floating point in [-1, 1] -> [B, num_rows, width]."""
         check_images("ClipEncoder", images)
+        if not len(images):  # which the library does not take
+            return images.new_zeros(0, self.num_rows, self.width)
         pixels = ((resized(images, self.image_size, "bicubic") + 1) / 2 - self.mean) / self.std
         # One at a time on CPUs: what it is made of promises no image equal bits in other company.
         return in_parts(lambda part: self.model(part, output_hidden_states=True).hidden_states[-2][:, 1:], pixels, 1)

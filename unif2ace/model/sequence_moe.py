@@ -15,8 +15,7 @@ with learned queries Q (one per image row) at a low width r. The residual Q lets
 row (noise, face); there the softmax runs over one key and is exactly 1, so W_k does not exist.
 
 F: noise = sinusoidal embedding of the mask ratio through an MLP (shared by all layers); clip, face = what the encoders
-give. No S depends on x: a caller who keeps an image computes S(clip) and S(face) once (`UniF2ace.sequence_memory`), and
-images of one mask ratio share S(noise).
+give. No S depends on x: images of one mask ratio share S(noise).
 Cost per image: rows * r * (H + rows of F) multiply-adds per feature.
 """
 

@@ -80,18 +80,8 @@ class UniF2ace(nn.Module):
             config.num_layers, batch, max_length, config.num_heads, config.head_dim, weight.dtype, weight.device
         )
 
-    def sequence_memory(self, features: Features) -> list[Features]:
-        """S(F) of the given clip / face features for every layer, to be passed to `forward` instead of `features`.
-
-        It depends on the image alone: compute once, ask many questions. Per layer name -> [B, image rows, H].
-        """
-        if self.config.sequence_moe is None:
-            return [{} for _ in self.layers]
-        features = self._checked_features(features, None)
-        return [layer.sequence_moe.resample(features) for layer in self.layers]
-
-    def _checked_features(self, features: Features | None, images: int | None) -> Features:
-        """The features that understanding needs, checked; `images` None accepts any number of images."""
+    def _checked_features(self, features: Features | None, images: int) -> Features:
+        """The features that understanding this many images needs."""
         checked = {}
         for name in self.config.sequence_moe.feature_names("understanding"):
             rows, width = self.config.sequence_moe.feature_shape(name)
@@ -101,51 +91,28 @@ class UniF2ace(nn.Module):
                     f"{sorted(features) if features else 'none'}"
                 )
             feature = features[name]
-            if feature.shape[1:] != (rows, width) or images not in (None, len(feature)):
+            if feature.shape != (images, rows, width):
                 raise UserError(
-                    f"UniF2ace: feature {name!r} must be [{images or 'B'}, {rows}, {width}], got {list(feature.shape)}"
+                    f"UniF2ace: feature {name!r} must be [{images}, {rows}, {width}], got {list(feature.shape)}"
                 )
             checked[name] = feature.to(self.head.weight.dtype)
         return checked
 
     def _memories(
-        self,
-        layout: Layout,
-        mask_ratio: Tensor | None,
-        ratio_of_image: Tensor | None,
-        features: Features | None,
-        sequence_memory: list[Features] | None,
+        self, layout: Layout, mask_ratio: Tensor | None, ratio_of_image: Tensor | None, features: Features | None
     ) -> list[Memory]:
         """Per layer: S(F) of every feature that the images of this batch need."""
         if self.config.sequence_moe is None:
             return [Memory({}) for _ in self.layers]
         understood, generated = layout.num_images
-        memory: Features = {}
-        ready: list[Features] = [{} for _ in self.layers]
-        if understood and sequence_memory is not None:
-            if len(sequence_memory) != len(self.layers):
-                raise UserError(
-                    f"UniF2ace: sequence_memory must have one entry per layer, {len(self.layers)}, got "
-                    f"{len(sequence_memory)}"
-                )
-            ready = sequence_memory
-        elif understood:
-            memory.update(self._checked_features(features, understood))
+        memory = self._checked_features(features, understood) if understood else {}
         noise_starts = None
         if generated and self.mask_ratio_embedding is not None:
-            name, per_image = "mask_ratio", mask_ratio
-            if ratio_of_image is not None and mask_ratio is not None and mask_ratio.dim() == 1:
-                name, per_image = "ratio_of_image", ratio_of_image
-            if per_image is None or per_image.shape != (generated,):
-                got = "none" if per_image is None else list(per_image.shape)
-                raise UserError(f"UniF2ace: {name} must be [{generated}], one per generated image, got {got}")
+            _check_ratios(generated, mask_ratio, ratio_of_image)
             memory["noise"] = self.mask_ratio_embedding(mask_ratio)
             if ratio_of_image is not None:
                 noise_starts = (ratio_of_image * layout.image_length).int()
-        return [
-            Memory({**given, **layer.sequence_moe.resample(memory)}, noise_starts)
-            for given, layer in zip(ready, self.layers, strict=True)
-        ]
+        return [Memory(layer.sequence_moe.resample(memory), noise_starts) for layer in self.layers]
 
     def forward(
         self,
@@ -154,7 +121,6 @@ class UniF2ace(nn.Module):
         mask_ratio: Tensor | None = None,
         ratio_of_image: Tensor | None = None,
         features: Features | None = None,
-        sequence_memory: list[Features] | None = None,
         cache: KVCache | None = None,
         rows: Tensor | None = None,
     ) -> ModelOutput:
@@ -166,7 +132,6 @@ class UniF2ace(nn.Module):
             ratio_of_image: [images of generation] integer in 0 .. D - 1, which of the D mask ratios an image has. What
                 follows from the ratio alone is then computed D times.
             features: name ("clip", "face") -> [images of understanding, rows, width], in sequence order.
-            sequence_memory: instead of `features`, the result of `sequence_memory()`.
             cache: keys and values of earlier rows; read and extended in place (inference only).
             rows: [R] int64, the rows of the batch whose hidden state is wanted, in any order; None is all.
 
@@ -175,7 +140,7 @@ class UniF2ace(nn.Module):
                 without a cache; a cache that does not fit, or used while gradients are recorded.
         """
         self._check(batch.layout, cache)
-        memories = self._memories(batch.layout, mask_ratio, ratio_of_image, features, sequence_memory)
+        memories = self._memories(batch.layout, mask_ratio, ratio_of_image, features)
         return self._run_layers(self.start(batch), batch.layout, memories, cache, rows)
 
     def start(self, batch: PackedBatch) -> Tokenwise:
@@ -200,9 +165,8 @@ class UniF2ace(nn.Module):
         if self.image_positions is not None:
             x = x + self.image_positions.index_select(0, image_rows)
         rotary = rotary_angles(positions, config.rotary_dim, config.rotary_theta, x.dtype)
-        layout = Layout(
-            [SequenceLayout("generation", len(x), 0, cached=1)], x.device
-        )  # multiplied as text that goes on
+        # As text that goes on, the kind of rows that come in small numbers: which way experts multiply depends on it.
+        layout = Layout([SequenceLayout("generation", len(x), 0, cached=1)], x.device)
         return self.layers[0].tokenwise(x, layout, rotary)
 
     def resume(
@@ -217,7 +181,7 @@ class UniF2ace(nn.Module):
     ) -> ModelOutput:
         """`forward` of generated images from `start` on; arguments and errors as there."""
         self._check(layout, cache)
-        memories = self._memories(layout, mask_ratio, ratio_of_image, None, None)
+        memories = self._memories(layout, mask_ratio, ratio_of_image, None)
         return self._run_layers(first, layout, memories, cache, rows)
 
     def _check(self, layout: Layout, cache: KVCache | None) -> None:
@@ -273,3 +237,12 @@ class UniF2ace(nn.Module):
         weights.check(Path(folder), {name: tensor.shape for name, tensor in model.state_dict().items()}, state)
         model.load_state_dict(state, assign=True)
         return model.to(dtype=dtype or state["head.weight"].dtype).eval()
+
+
+def _check_ratios(images: int, mask_ratio: Tensor | None, ratio_of_image: Tensor | None) -> None:
+    name, per_image = "mask_ratio", mask_ratio
+    if ratio_of_image is not None and mask_ratio is not None and mask_ratio.dim() == 1:
+        name, per_image = "ratio_of_image", ratio_of_image
+    if per_image is None or per_image.shape != (images,):
+        got = "none" if per_image is None else list(per_image.shape)
+        raise UserError(f"UniF2ace: {name} must be [{images}], one per generated image, got {got}")

@@ -44,7 +44,7 @@ PHILOX_ROUNDS = 10
 MASK32 = 0xFFFFFFFF
 
 # Streams: one per purpose, so that two uses of the same (seed, position, step) never share a number.
-TOKEN_STREAM, CONFIDENCE_STREAM, TEXT_STREAM, MASK_STREAM = 0, 1, 2, 3
+TOKEN_STREAM, CONFIDENCE_STREAM, TEXT_STREAM = 0, 1, 2
 
 # C8 .. C1: all are float32 numbers, written exactly.
 LOG_COEFFICIENTS = tuple(

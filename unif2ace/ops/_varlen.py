@@ -7,8 +7,9 @@ become such calls without a mask and without pads:
 * one call for the causal blocks, one for the full ones (more only if blocks of one kind share keys);
 * a call with all query rows in order takes q as it is: every denoising and decoding step. Otherwise its rows are
   gathered, and the results scattered: 4 T H elements over memory beside the 8 H^2 FLOPs per row of the projections;
-* keys are never copied. Keys that no row of a call sees, the image behind a causal text or the unused end of a cache,
-  are a sequence without queries: no forward program looks at them, and backward writes their zero gradients.
+* keys are not copied (but where a past lies in another tensor, before they come here). Keys that no row of a call sees,
+  the image behind a causal text or the unused end of a cache, are a sequence without queries: no forward program looks
+  at them, and backward writes their zero gradients.
 
 Everything is computed on the host from the blocks, once, and kept: no device value is read.
 

@@ -139,6 +139,15 @@ def _unflatten(flat: Sequence[int], width: int = 5) -> AttentionBlocks:
     return tuple((*flat[i : i + 4], bool(flat[i + 4]), *flat[i + 5 : i + width]) for i in range(0, len(flat), width))
 
 
+def _with_past(function: Callable) -> Callable:
+    """Registered op with a past: `function(q, k, v, blocks, scale)` on keys put side by side."""
+
+    def with_past(q, k, v, past_k, past_v, flat, scale):
+        return function(q, *_join_past(k, v, (past_k, past_v), _unflatten(flat, 7)), scale)
+
+    return with_past
+
+
 def _backward_of(function: Callable) -> Callable:
     """Registered backward: run `function(q, k, v, blocks, scale)` again under autograd."""
 
@@ -166,9 +175,7 @@ _registry.define(
     "omni_attention_past",
     "(Tensor q, Tensor k, Tensor v, Tensor past_k, Tensor past_v, int[] blocks, float scale) -> Tensor",
     lambda q, k, v, past_k, past_v, blocks, scale: q.new_empty(q.shape),
-    lambda q, k, v, past_k, past_v, flat, scale: reference_omni_attention(
-        q, *_join_past(k, v, (past_k, past_v), _unflatten(flat, 7)), scale
-    ),
+    _with_past(reference_omni_attention),
 )
 _registry.define(
     "omni_attention",
@@ -180,6 +187,7 @@ _registry.define(
 _registry.implement(
     "native", "omni_attention", lambda q, k, v, flat, scale: _native_forward(q, k, v, _unflatten(flat), scale)
 )
+_registry.implement("native", "omni_attention_past", _with_past(_native_forward))
 _registry.implement("native", "omni_attention_backward", _backward_of(_NativeAttention.apply))
 
 
@@ -237,23 +245,24 @@ def omni_attention(
     _check_keys(q, "k", k, "v", v)
     if past is not None:
         _check_keys(q, "past keys", past[0], "past values", past[1])
-    check = _check_blocks if torch.compiler.is_compiling() else _check_blocks_once
+    compiling = torch.compiler.is_compiling()
+    check, flatten = (_check_blocks, _flatten) if compiling else (_check_blocks_once, _flatten_once)
     blocks = tuple(tuple(block) for block in blocks)
     blocks = check(blocks, q.shape[0], k.shape[0], None if past is None else past[0].shape[0])
     scale = 1.0 / math.sqrt(q.shape[2]) if scale is None else float(scale)
     name = _registry.choose("omni_attention", backend, q.device, q.dtype)
     wants_grad = _registry.needs_grad(q, k, v, *(past or ()))
     if past is not None:
-        if name == "native" and q.device.type != "cuda" and not wants_grad:
-            return _registry.registered(name, "omni_attention_past")(q, k, v, *past, _flatten_once(blocks), scale)
+        if name == "native" and not wants_grad:
+            return _registry.registered(name, "omni_attention_past")(q, k, v, *past, flatten(blocks), scale)
         k, v, blocks = _join_past(k, v, past, blocks)
-    if torch.compiler.is_compiling() or (name == "triton" and wants_grad):
-        return _OmniAttention.apply(name, q, k, v, _flatten(blocks), scale)
+    if compiling:
+        return _OmniAttention.apply(name, q, k, v, flatten(blocks), scale)
     if name == "reference":
         return reference_omni_attention(q, k, v, blocks, scale)
     if wants_grad:
         return _NativeAttention.apply(q, k, v, blocks, scale)
-    return _registry.registered(name, "omni_attention")(q, k, v, _flatten_once(blocks), scale)
+    return _registry.registered(name, "omni_attention")(q, k, v, flatten(blocks), scale)
 
 
 def _check_keys(q: Tensor, k_name: str, k: Tensor, v_name: str, v: Tensor) -> None:
