@@ -79,6 +79,7 @@ def test_bad_rows_fail_alone(table, generate, tmp_path, capsys):
         ({"prompt": "a face", "num_images": 0}, "num_images: expected an integer of at least 1, got 0"),
         ({"prompt": "a face", "num_images": 10**9}, "num_images: expected at most 1000000, got 1000000000"),
         ({"prompt": "a face", "id": [1]}, "id: expected text or an integer, got [1]"),
+        ({"prompt": "a\0f"}, "prompt: expected plain text, got a null character"),
         ({"prompt": "\ud800"}, "prompt: expected Unicode text, got bytes that are none at 0"),
     ]
     prompts = table({"prompt": "a face"}, *(row for row, _ in bad), {"prompt": "a face"})
@@ -94,7 +95,13 @@ def test_bad_rows_fail_alone(table, generate, tmp_path, capsys):
         assert line["error"].startswith(reason)
         assert line["file"] is None
     assert lines[-1]["seed"] == len(bad) + 1  # a row that fails keeps its number
-    assert {path.name for path in (tmp_path / "out" / "images").rglob("*.png")} == {"00000000.png", "00000017.png"}
+    assert {path.name for path in (tmp_path / "out" / "images").rglob("*.png")} == {"00000000.png", "00000018.png"}
+
+
+def test_a_folder_may_have_a_dot_in_its_name(table, generate, tmp_path):
+    (tmp_path / "faces-1.5").mkdir()
+    assert generate(table({"prompt": "a face"}), tmp_path / "faces-1.5") == 0
+    assert len(read_lines(tmp_path / "faces-1.5" / "manifest.jsonl")) == 1
 
 
 def test_parquet_holds_the_same_pictures(table, generate, tmp_path, capsys):
