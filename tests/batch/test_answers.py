@@ -1,6 +1,7 @@
 """Tables of questions: the answers of a pipeline, rows that fail alone."""
 
 import json
+import tracemalloc
 from dataclasses import asdict
 from pathlib import Path
 
@@ -146,3 +147,18 @@ def test_a_result_without_its_record_is_left_alone(table, ask, tmp_path, capsys)
     assert ask(table({"image": "0.png", "caption": True}), tmp_path / "out.jsonl") == 2
     assert "out.jsonl: exists, but not its record" in capsys.readouterr().err
     assert (tmp_path / "out.jsonl").read_text() == "precious"
+
+
+def test_memory_does_not_grow_with_the_table(table, ask, tmp_path, pictures, monkeypatch):
+    """Rows, pictures, answers and lines are held for one batch; of a whole table, 18 bytes per row."""
+    monkeypatch.setattr(
+        UniF2acePipeline, "answer", lambda self, images, questions: ["a long answer" * 20] * len(images)
+    )
+    peaks = []
+    for number in (200, 3200):
+        questions = table(*({"image": f"{i % 2}.png", "question": f"How are the eyes, {i}?"} for i in range(number)))
+        tracemalloc.start()
+        assert ask(questions, tmp_path / f"{number}.jsonl") == 0
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] - peaks[0] < 3000 * 30

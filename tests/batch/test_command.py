@@ -79,9 +79,14 @@ def test_what_is_recorded_is_not_drawn_again(table, generate, tmp_path, monkeypa
     monkeypatch.setattr(GenerationEngine, "step", step)
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.png")}
     assert len(times) == 4
+    parts = tmp_path / "out" / "parts"
+    (parts / "partial-00005").write_bytes(b"half a pic")  # of another process, and of a driver of Ray
+    (parts / "tasks").mkdir()
+    (parts / "tasks" / "00000000.jsonl").write_text("{}")
     assert generate(prompts, tmp_path / "out") == 0
     assert "6 images, 4 were done before; 2 made in " in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in times} == times
+    assert {path.name for path in parts.iterdir()} == {"00000.jsonl", "run.json", "run.lock", "finish.lock"}
     assert result(tmp_path / "out") == result(tmp_path / "whole")
     next(iter(times)).unlink()  # a picture that was lost is drawn again
     assert generate(prompts, tmp_path / "out") == 0

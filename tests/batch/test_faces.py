@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import tracemalloc
 from dataclasses import asdict
 from pathlib import Path
 
@@ -172,3 +173,15 @@ def test_mistakes_are_one_sentence_before_any_work(table, generate, tmp_path, ca
     assert sentence in error
     assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_memory_does_not_grow_with_the_table(table, generate, tmp_path):
+    """Requests, pictures and lines are held for one batch. What is held for longer would hold the ids too."""
+    peaks = []
+    for number in (50, 450):
+        prompts = table(*({"prompt": f"a face {i % 3}", "id": "x" * 4000} for i in range(number)))
+        tracemalloc.start()
+        assert generate(prompts, tmp_path / f"{number}", "--batch-size", "16", "--guidance", "0", "--steps", "1") == 0
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] - peaks[0] < 400 * 2000

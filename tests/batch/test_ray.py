@@ -1,6 +1,7 @@
 """The same table on two workers of a Ray cluster on this machine, one of which is killed."""
 
 import importlib.util
+import json
 import os
 import re
 import signal
@@ -91,10 +92,12 @@ def test_answers_by_two_workers_one_of_which_is_killed(table, ask, tmp_path, mod
     rows[1500] = {"image": "0.png"}
     rows[1999] = {"image": "1.png", "caption": True}
     questions = table(*rows)
-    run = start("ask", "--questions", questions, "--out", str(tmp_path / "ray.jsonl"), "--model", model)
+    run = start("ask", "--questions", questions, "--out", str(tmp_path / "ray.jsonl"), "--model", model, "--json")
     recorded = kill_a_worker(run, tmp_path / "ray.jsonl.parts" / "00000.jsonl")
-    _, error = run.communicate(timeout=300)
+    text, error = run.communicate(timeout=300)
     assert run.returncode == 1, error
+    assert json.loads(text)["failed"] == 2  # Ray's own words about the worker go elsewhere
+    assert f"unif2ace: {questions}:8 (row 7): none.png: expected a picture file, found none" in error
     assert "unif2ace: 2 of 2000 answers failed" in error
     assert recorded < 2000
     assert ask(questions, tmp_path / "one.jsonl") == 1

@@ -93,6 +93,7 @@ class Output:
                 replace_file(self.final, lambda partial: write(partial, lines), record.partial)
                 if self.is_table and self.root is not None and not record.failed:
                     shutil.rmtree(self.root / IMAGES)
+            record.tidy()
         return True
 
     def _write_table(self, path: Path, lines: Iterator[Line]) -> None:

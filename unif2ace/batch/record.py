@@ -21,6 +21,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -50,6 +51,7 @@ class Record(AbstractContextManager):
         self.folder, self.root = folder, root
         self.state = bytearray(total)
         self.partial = folder / f"partial-{rank:05d}"  # what this process is writing; overwritten after a crash
+        self.tasks = folder / "tasks"  # files that an engine divides the work into
         check_folder(folder)
         part = folder / f"{rank:05d}.jsonl"
         with ExitStack() as stack:
@@ -148,6 +150,12 @@ class Record(AbstractContextManager):
                 if offset >= 0:
                     files[owner].seek(offset)
                     yield json.loads(files[owner].readline())
+
+    def tidy(self) -> None:
+        """Remove what processes that were killed have left half done; once all is recorded, nobody needs it."""
+        for path in self.folder.glob("partial-*"):
+            path.unlink(missing_ok=True)
+        shutil.rmtree(self.tasks, ignore_errors=True)
 
     def _parts(self) -> list[Path]:
         return sorted(self.folder.glob("[0-9]*.jsonl"))
