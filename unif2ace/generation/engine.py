@@ -131,7 +131,8 @@ class GenerationEngine:
         try:
             job = self._accept(request)
         except UserError as error:
-            self._fail(request, range(len(request.seeds) if isinstance(request.seeds, Sequence) else 1), error)
+            number = len(request.seeds) if isinstance(request.seeds, Sequence) else 0
+            self._fail(request, range(number or 1), error)
             return
         if not job.steps:  # everything is known
             for index in range(job.waiting):
@@ -180,6 +181,8 @@ class GenerationEngine:
         for name, value in (("prompt", request.prompt), ("seeds", request.seeds)):
             if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
                 raise UserError(f"{name}: expected a sequence of integers, got {type(value).__name__}")
+        if not request.seeds:
+            raise UserError("seeds: expected at least one, got none")
         if len(request.prompt) > self.max_prompt_tokens:
             raise UserError(f"prompt: expected at most {self.max_prompt_tokens} tokens, got {len(request.prompt)}")
         for token in request.prompt:
