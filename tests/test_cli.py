@@ -229,8 +229,8 @@ def test_tuning_needs_a_gpu(capsys):
             ["generate", "a face", "--batch-size", "9" * 30],
             "argument --batch-size: expected an integer from 1 to 65536",
         ),
-        (["generate", "a face", "--out", ""], "argument out: expected something, got an empty string"),
-        (["ask", "", "Why?"], "argument image: expected something, got an empty string"),
+        (["generate", "a face", "--out", ""], "error: out: expected something, got an empty string"),
+        (["ask", "", "Why?"], "error: image: expected something, got an empty string"),
     ],
 )
 def test_unusable_command_lines_are_one_sentence(capsys, arguments, sentence):

@@ -293,7 +293,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     for name, value in vars(options).items():
         if value == "":  # what a shell makes of a variable that is not set
-            parser.error(f"argument {name}: expected something, got an empty string")
+            parser.error(f"{name.replace('_', '-')}: expected something, got an empty string")
     try:
         with console.Interrupts():
             from unif2ace import commands, memory
