@@ -67,6 +67,7 @@ def test_bad_rows_fail_alone_and_are_asked_again(table, ask, tmp_path, pictures,
     good = {"image": "0.png", "question": "How are the eyes?"}
     bad = [
         ({"image": "later.png", "question": "Why?"}, "later.png: expected a picture file, found none"),
+        ({"image": "a\nb.png", "question": "Why?"}, "a\nb.png: expected a picture file, found none"),
         ({"image": "broken.png", "question": "Why?"}, "broken.png: expected a readable picture"),
         ({"image": "wide.png", "question": "Why?"}, "wide.png: expected an RGB picture of 32 x 32 pixels, got RGBA"),
         ({"image": "a\0b.png", "question": "Why?"}, "expected a readable picture, got: embedded null byte"),
@@ -82,7 +83,9 @@ def test_bad_rows_fail_alone_and_are_asked_again(table, ask, tmp_path, pictures,
     ]
     questions = table(good, *(row for row, _ in bad), good)
     assert ask(questions, tmp_path / "out.jsonl") == 1
-    assert f"{len(bad)} of {len(bad) + 2} answers failed" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"{len(bad)} of {len(bad) + 2} answers failed" in error
+    assert all(line.startswith("unif2ace: ") for line in error.splitlines())
     lines = read_lines(tmp_path / "out.jsonl")
     assert lines[0]["answer"] == lines[-1]["answer"] == tiny_pipeline().answer(pictures[0], good["question"])[0]
     for line, (_, reason) in zip(lines[1:-1], bad, strict=True):

@@ -198,7 +198,7 @@ class _Run:
                 if line["error"] is not None
             )
             for reason in islice(reasons, REASONS_SHOWN):
-                print(f"unif2ace: {reason}", file=sys.stderr)
+                print(f"unif2ace: {' '.join(reason.split())}", file=sys.stderr)
             print(f"unif2ace: {failed} of {record.total} {self.unit}s failed; see {self.output.final}", file=sys.stderr)
         return int(failed > 0)
 
