@@ -223,8 +223,14 @@ def test_tuning_needs_a_gpu(capsys):
         ([], "the following arguments are required: COMMAND (see unif2ace --help)"),
         (["paint"], "invalid choice: 'paint'"),
         (["generate", "--prompts", "p.txt", "--engine", "spark"], "argument --engine: invalid choice: 'spark'"),
-        (["generate", "a face", "--num", "0"], "argument --num: expected an integer of at least 1, got '0'"),
-        (["generate", "a face", "--threads", "two"], "argument --threads: expected an integer of at least 1"),
+        (["generate", "a face", "--num", "0"], "argument --num: expected an integer from 1 to 1000000, got '0'"),
+        (["generate", "a face", "--threads", "two"], "argument --threads: expected an integer from 1 to 1024"),
+        (
+            ["generate", "a face", "--batch-size", "9" * 30],
+            "argument --batch-size: expected an integer from 1 to 65536",
+        ),
+        (["generate", "a face", "--out", ""], "error: out: expected something, got an empty string"),
+        (["ask", "", "Why?"], "error: image: expected something, got an empty string"),
     ],
 )
 def test_unusable_command_lines_are_one_sentence(capsys, arguments, sentence):

@@ -8,15 +8,16 @@ with status 1; results go to stdout, progress to stderr and only where that is a
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 import unif2ace
+from unif2ace import console
 from unif2ace.errors import UserError
 
 MODEL = "avatars-tiny"
+MAX_FACES, MAX_BATCH, MAX_THREADS = 1_000_000, 65_536, 1024  # more is a slip of the keyboard, and would take all memory
 START = """start here:
   unif2ace demo
   unif2ace generate "a smiling person with red hair" --num 16 --out faces.png
@@ -45,14 +46,19 @@ class _Parser(argparse.ArgumentParser):
             self._gathering = False
 
     def error(self, message: str) -> NoReturn:
-        _complain(f"{message} (see {self.prog} --help)")
+        console.complain(f"{message} (see {self.prog} --help)")
         raise SystemExit(2)
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text!r}")
-    return int(text)
+def _count(high: int = 2**31 - 1) -> Callable[[str], int]:
+    """The type of an option: an integer from 1 to `high`."""
+
+    def count(text: str) -> int:
+        if not text.isdecimal() or not 1 <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"expected an integer from 1 to {high}, got {text[:40]!r}")
+        return int(text)
+
+    return count
 
 
 def _listed(text: str) -> list[str]:
@@ -67,7 +73,7 @@ def _common(parser: argparse.ArgumentParser) -> None:
 
 
 def _machine(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: all cores)")
+    parser.add_argument("--threads", type=_count(MAX_THREADS), metavar="N", help="CPU threads (default: all cores)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of sentences")
 
 
@@ -81,7 +87,11 @@ def _sampling(parser: argparse.ArgumentParser) -> None:
 
 def _table(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--batch-size", type=_positive, default=32, metavar="N", help="results made at a time (default: %(default)s)"
+        "--batch-size",
+        type=_count(MAX_BATCH),
+        default=32,
+        metavar="N",
+        help="results made at a time (default: %(default)s)",
     )
     parser.add_argument(
         "--engine",
@@ -90,7 +100,7 @@ def _table(parser: argparse.ArgumentParser) -> None:
         help="for a table; ray: the cluster of RAY_ADDRESS, else a new one here (default: %(default)s)",
     )
     parser.add_argument(
-        "--workers", type=_positive, default=1, metavar="N", help="--engine ray: how many (default: %(default)s)"
+        "--workers", type=_count(), default=1, metavar="N", help="--engine ray: how many (default: %(default)s)"
     )
 
 
@@ -141,7 +151,7 @@ def build_parser() -> argparse.ArgumentParser:
         "wanted, id, num_images, seed, steps, guidance, temperature",
     )
     generate.add_argument(
-        "--num", type=_positive, default=1, metavar="N", help="faces per prompt (default: %(default)s)"
+        "--num", type=_count(MAX_FACES), default=1, metavar="N", help="faces per prompt (default: %(default)s)"
     )
     generate.add_argument(
         "--seed", type=int, default=0, metavar="S", help="face i is drawn with seed S + i (default: %(default)s)"
@@ -195,19 +205,19 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--reuse", metavar="DIR", help="another run: its finished stages before `train` are read, not repeated"
     )
-    train.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: all cores)")
+    train.add_argument("--threads", type=_count(MAX_THREADS), metavar="N", help="CPU threads (default: all cores)")
 
     data = add(
         "data", "Make a dataset of labelled faces.", "unif2ace data avatars --out data/avatars --faces 30000 --seed 0"
     )
     data.add_argument("kind", choices=("avatars",), help="avatars: cartoon faces with exact labels, drawn on the spot")
     data.add_argument("--out", required=True, help="folder for the Parquet files")
-    data.add_argument("--faces", type=_positive, default=24000, metavar="N", help="how many (default: %(default)s)")
+    data.add_argument("--faces", type=_count(), default=24000, metavar="N", help="how many (default: %(default)s)")
     data.add_argument("--seed", type=int, default=0, metavar="S", help="which ones (default: %(default)s)")
     data.add_argument(
-        "--size", type=_positive, default=64, metavar="PIXELS", help="side of a picture (default: %(default)s)"
+        "--size", type=_count(), default=64, metavar="PIXELS", help="side of a picture (default: %(default)s)"
     )
-    data.add_argument("--workers", type=_positive, metavar="W", help="processes (default: one per core)")
+    data.add_argument("--workers", type=_count(), metavar="W", help="processes (default: one per core)")
 
     evaluate = add(
         "evaluate",
@@ -217,7 +227,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--data", help="dataset folder; its test split is used (default: held-out faces are drawn)")
     evaluate.add_argument(
-        "--faces", type=_positive, default=256, metavar="N", help="how many faces (default: %(default)s)"
+        "--faces", type=_count(), default=256, metavar="N", help="how many faces (default: %(default)s)"
     )
     evaluate.add_argument(
         "--seed", type=int, default=0, metavar="S", help="face i is drawn with seed S + i (default: %(default)s)"
@@ -251,10 +261,10 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "what", nargs="?", default="generate", help="generate, train or the name of an op (default: %(default)s)"
     )
-    bench.add_argument("--faces", type=_positive, metavar="N", help="faces in a batch (default: 16; random-100m: 4)")
-    bench.add_argument("--steps", type=_positive, metavar="T", help="denoising steps of a face (default: the model's)")
+    bench.add_argument("--faces", type=_count(), metavar="N", help="faces in a batch (default: 16; random-100m: 4)")
+    bench.add_argument("--steps", type=_count(), metavar="T", help="denoising steps of a face (default: the model's)")
     bench.add_argument(
-        "--rounds", type=_positive, default=5, metavar="N", help="measurements per back end (default: %(default)s)"
+        "--rounds", type=_count(), default=5, metavar="N", help="measurements per back end (default: %(default)s)"
     )
     bench.add_argument(
         "--model", default=MODEL, help="a bundled name, a folder, a hub id, or random-100m (default: %(default)s)"
@@ -274,30 +284,43 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _complain(message: str) -> None:
-    print("unif2ace: error: " + " ".join(message.split()), file=sys.stderr)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 1 where some results of a table failed or a kernel breaks a limit, 2
     for mistakes, 130 when interrupted.
     """
-    options = build_parser().parse_args(arguments)
+    console.open_streams()
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    for name, value in vars(options).items():
+        if value == "":  # what a shell makes of a variable that is not set
+            parser.error(f"{name.replace('_', '-')}: expected something, got an empty string")
     try:
-        from unif2ace import commands, memory
+        with console.Interrupts():
+            from unif2ace import commands, memory
 
-        memory.keep_freed_memory()
-        status = getattr(commands, options.command)(options)
-        sys.stdout.flush()
+            memory.keep_freed_memory()
+            status = getattr(commands, options.command)(options)
+            sys.stdout.flush()
     except UserError as error:
-        _complain(str(error))
+        console.complain(str(error))
         return 2
     except KeyboardInterrupt:
         print("unif2ace: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader (head, a pager) has gone; keep Python's exit from flushing into it again
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader (head, a pager) has gone
+        console.silence(sys.stdout)
         return 141
+    except OSError as error:  # most of them are `UserError`s by now: what is left is a full disk behind stdout
+        console.silence(sys.stdout)
+        console.complain(f"cannot write {error.filename or 'the output'}: {error.strerror or error}")
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        lack = console.lack_of_memory(error)
+        if lack is None:
+            raise
+        hint = "; a smaller --batch-size takes less" if hasattr(options, "batch_size") else ""
+        console.complain(f"not enough memory: {lack}{hint}")
+        return 2
     return status or 0
 
 

@@ -37,6 +37,8 @@ def as_texts(name: str, value: object, blank: bool = False) -> list[str]:
             raise UserError(f"{where}: expected some text, got an empty string")
         if END_OF_TEXT in text:
             raise UserError(f"{where}: expected plain text, got the control token {END_OF_TEXT}")
+        if "\0" in text:  # as in UTF-16 that is read as UTF-8
+            raise UserError(f"{where}: expected plain text, got a null character")
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
@@ -133,11 +135,13 @@ def kept_cells(keep: Tensor, grid: int) -> Tensor:
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """A picture file, read completely; `UserError` where it is missing or no picture."""
+    """A picture file, read completely and turned as its camera says; `UserError` where it is missing or no picture."""
+    if Path(path).exists() and not (Path(path).is_file() or Path(path).is_dir()):
+        raise UserError(f"{path}: expected a picture file, found a pipe or device")  # which might never end
     try:
         with Image.open(path) as image:
             image.load()
-            return image
+            turned = ImageOps.exif_transpose(image)
     except FileNotFoundError as error:
         raise UserError(f"{path}: expected a picture file, found none") from error
     except IsADirectoryError as error:
@@ -145,11 +149,17 @@ def open_image(path: str | Path) -> Image.Image:
     except (UnidentifiedImageError, OSError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
         # Pillow reports broken files as any of these.
         raise UserError(f"{path}: expected a readable picture, got: {str(error).splitlines()[0]}") from error
+    if turned.mode.startswith(("I", "F")):  # Pillow would clip them to 255
+        raise UserError(f"{path}: expected a picture of 8 bits per channel, got {turned.mode}")
+    return turned
 
 
 def open_mask(path: str | Path, size: int, fit: bool) -> Image.Image:
     """A picture file as a grey mask of `size` x `size`; `fit` crops and resizes it to that."""
-    mask = open_image(path).convert("L")
+    image = open_image(path)
+    if image.convert("RGBA").getchannel("A").getextrema()[0] < 255:  # is what lies below white or black?
+        raise UserError(f"{path}: expected a mask of white (kept) and black, got one with transparent pixels")
+    mask = image.convert("L")
     if fit:
         return ImageOps.fit(mask, (size, size))
     if mask.size != (size, size):

@@ -1,6 +1,7 @@
 """Tables of questions: the answers of a pipeline, rows that fail alone."""
 
 import json
+import tracemalloc
 from dataclasses import asdict
 from pathlib import Path
 
@@ -66,10 +67,12 @@ def test_bad_rows_fail_alone_and_are_asked_again(table, ask, tmp_path, pictures,
     good = {"image": "0.png", "question": "How are the eyes?"}
     bad = [
         ({"image": "later.png", "question": "Why?"}, "later.png: expected a picture file, found none"),
+        ({"image": "a\nb.png", "question": "Why?"}, "a\nb.png: expected a picture file, found none"),
         ({"image": "broken.png", "question": "Why?"}, "broken.png: expected a readable picture"),
         ({"image": "wide.png", "question": "Why?"}, "wide.png: expected an RGB picture of 32 x 32 pixels, got RGBA"),
         ({"image": "a\0b.png", "question": "Why?"}, "expected a readable picture, got: embedded null byte"),
         ({"image": 3, "question": "Why?"}, "image: expected the path of a picture file, got int"),
+        ({"image": "", "question": "Why?"}, "image: expected the path of a picture file, got an empty string"),
         ({"question": "Why?"}, "image: expected a picture file, got none"),
         ({"image": "0.png"}, "question: expected a question or caption = true, got neither"),
         ({"image": "0.png", "question": "Why?", "caption": True}, "question: expected a question or caption = true"),
@@ -80,7 +83,9 @@ def test_bad_rows_fail_alone_and_are_asked_again(table, ask, tmp_path, pictures,
     ]
     questions = table(good, *(row for row, _ in bad), good)
     assert ask(questions, tmp_path / "out.jsonl") == 1
-    assert f"{len(bad)} of {len(bad) + 2} answers failed" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"{len(bad)} of {len(bad) + 2} answers failed" in error
+    assert all(line.startswith("unif2ace: ") for line in error.splitlines())
     lines = read_lines(tmp_path / "out.jsonl")
     assert lines[0]["answer"] == lines[-1]["answer"] == tiny_pipeline().answer(pictures[0], good["question"])[0]
     for line, (_, reason) in zip(lines[1:-1], bad, strict=True):
@@ -145,3 +150,18 @@ def test_a_result_without_its_record_is_left_alone(table, ask, tmp_path, capsys)
     assert ask(table({"image": "0.png", "caption": True}), tmp_path / "out.jsonl") == 2
     assert "out.jsonl: exists, but not its record" in capsys.readouterr().err
     assert (tmp_path / "out.jsonl").read_text() == "precious"
+
+
+def test_memory_does_not_grow_with_the_table(table, ask, tmp_path, pictures, monkeypatch):
+    """Rows, pictures, answers and lines are held for one batch; of a whole table, 18 bytes per row."""
+    monkeypatch.setattr(
+        UniF2acePipeline, "answer", lambda self, images, questions: ["a long answer" * 20] * len(images)
+    )
+    peaks = []
+    for number in (200, 3200):
+        questions = table(*({"image": f"{i % 2}.png", "question": f"How are the eyes, {i}?"} for i in range(number)))
+        tracemalloc.start()
+        assert ask(questions, tmp_path / f"{number}.jsonl") == 0
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] - peaks[0] < 3000 * 30

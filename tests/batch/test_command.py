@@ -79,9 +79,14 @@ def test_what_is_recorded_is_not_drawn_again(table, generate, tmp_path, monkeypa
     monkeypatch.setattr(GenerationEngine, "step", step)
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.png")}
     assert len(times) == 4
+    parts = tmp_path / "out" / "parts"
+    (parts / "partial-00005").write_bytes(b"half a pic")  # of another process, and of a driver of Ray
+    (parts / "tasks").mkdir()
+    (parts / "tasks" / "00000000.jsonl").write_text("{}")
     assert generate(prompts, tmp_path / "out") == 0
     assert "6 images, 4 were done before; 2 made in " in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in times} == times
+    assert {path.name for path in parts.iterdir()} == {"00000.jsonl", "run.json", "run.lock", "finish.lock"}
     assert result(tmp_path / "out") == result(tmp_path / "whole")
     next(iter(times)).unlink()  # a picture that was lost is drawn again
     assert generate(prompts, tmp_path / "out") == 0
@@ -177,16 +182,10 @@ def program(*arguments, module="unif2ace", **options):
     )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("out", ["faces", "faces.parquet"])
-def test_kill_9_at_random_moments(table, generate, tmp_path, model, out):
-    """Killed several times while it draws, then left in peace."""
-    prompts = table(*({"prompt": f"a face {i}", "num_images": 8} for i in range(60)))
-    options = ["generate", "--prompts", prompts, "--out", str(tmp_path / out), "--model", model, "--steps", "6"]
+def kill_and_finish(recorded, total, *options):
+    """Kill the program several times while it works, then leave it in peace: nothing recorded is made again."""
     random.seed(0)
-    kills, recorded = 0, tmp_path / (out if out == "faces" else out + ".parts")
-    recorded = recorded / ("parts/00000.jsonl" if out == "faces" else "00000.jsonl")
-    while kills < KILLS:
+    for _ in range(KILLS):
         before = recorded.stat().st_size if recorded.exists() else 0
         run = program(*options)
         while run.poll() is None and not (recorded.exists() and recorded.stat().st_size > before):
@@ -195,18 +194,41 @@ def test_kill_9_at_random_moments(table, generate, tmp_path, model, out):
         assert run.poll() is None, "the table is too short to be killed in"
         run.kill()
         run.communicate()
-        kills += 1
     done = len(recorded.read_bytes().splitlines()) - 1
     run = program(*options)
     text, error = run.communicate(timeout=300)
     assert (run.returncode, error) == (0, "")
-    assert done <= int(text.split("images, ")[1].split(" were done before")[0]) < 480
+    assert done <= int(text.split("s, ")[1].split(" were done before")[0]) < total
+    assert not list(recorded.parent.glob("partial*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("out", ["faces", "faces.parquet"])
+def test_kill_9_while_it_draws(table, generate, tmp_path, model, out):
+    prompts = table(*({"prompt": f"a face {i}", "num_images": 8} for i in range(60)))
+    options = ["generate", "--prompts", prompts, "--out", str(tmp_path / out), "--model", model, "--steps", "6"]
+    parts = tmp_path / ("faces/parts" if out == "faces" else "faces.parquet.parts")
+    kill_and_finish(parts / "00000.jsonl", 480, *options)
     assert generate(prompts, tmp_path / "whole" / out, "--steps", "6") == 0
     if out == "faces":
         assert result(tmp_path / out) == result(tmp_path / "whole" / out)
-        assert not list((tmp_path / out / "parts").glob("partial*"))
     else:
         assert (tmp_path / out).read_bytes() == (tmp_path / "whole" / out).read_bytes()
+
+
+def write_questions(table, folder, number):
+    for index, face in enumerate(tiny_pipeline().generate("a face", num_images_per_prompt=3, steps=1)):
+        face.save(folder / f"{index}.png")
+    return table(*({"image": f"{i % 3}.png", "question": f"How are the {i % 17} eyes, {i}?"} for i in range(number)))
+
+
+@pytest.mark.slow
+def test_kill_9_while_it_answers(table, ask, tmp_path, model):
+    questions, out = write_questions(table, tmp_path, 800), tmp_path / "answers.jsonl"
+    options = ["ask", "--questions", questions, "--out", str(out), "--model", model, "--batch-size", "8"]
+    kill_and_finish(tmp_path / "answers.jsonl.parts" / "00000.jsonl", 800, *options)
+    assert ask(questions, tmp_path / "whole.jsonl") == 0
+    assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
 @pytest.mark.slow
@@ -228,16 +250,31 @@ def test_an_interrupt_from_the_keyboard(table, tmp_path, model):
     assert len(recorded) >= 1
 
 
-@pytest.mark.slow
-def test_torchrun(table, generate, tmp_path, model):
-    """The failed row belongs to process 0: torchrun must not end process 1 for it."""
-    rows = [{"prompt": ""}] + [{"prompt": f"a face {i}", "num_images": 1 + i % 2 * 9} for i in range(7)]
-    prompts = table(*rows)
-    options = ["generate", "--prompts", prompts, "--out", str(tmp_path / "two"), "--model", model, "--steps", "2"]
+def torchrun(*options):
     launcher = ["--nproc-per-node", "2", "--standalone", "-m", "unif2ace"]
     run = program(*launcher, *options, module="torch.distributed.run")
     _, error = run.communicate(timeout=300)
-    assert run.returncode == 1
+    return run.returncode, error
+
+
+@pytest.mark.slow
+def test_torchrun_draws(table, generate, tmp_path, model):
+    """The failed row belongs to process 0: torchrun must not end process 1 for it."""
+    rows = [{"prompt": ""}] + [{"prompt": f"a face {i}", "num_images": 1 + i % 2 * 9} for i in range(7)]
+    prompts = table(*rows)
+    status, error = torchrun(
+        "generate", "--prompts", prompts, "--out", str(tmp_path / "two"), "--model", model, "--steps", "2"
+    )
+    assert status == 1
     assert "unif2ace: 1 of 35 images failed" in error
     assert generate(prompts, tmp_path / "one") == 1
     assert result(tmp_path / "two") == result(tmp_path / "one")
+
+
+@pytest.mark.slow
+def test_torchrun_answers(table, ask, tmp_path, model):
+    questions = write_questions(table, tmp_path, 101)
+    assert torchrun("ask", "--questions", questions, "--out", str(tmp_path / "two.jsonl"), "--model", model)[0] == 0
+    assert ask(questions, tmp_path / "one.jsonl") == 0
+    assert (tmp_path / "two.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
+    assert len(read_lines(tmp_path / "two.jsonl.parts" / "00001.jsonl")) == 50

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import tracemalloc
 from dataclasses import asdict
 from pathlib import Path
 
@@ -79,6 +80,7 @@ def test_bad_rows_fail_alone(table, generate, tmp_path, capsys):
         ({"prompt": "a face", "num_images": 0}, "num_images: expected an integer of at least 1, got 0"),
         ({"prompt": "a face", "num_images": 10**9}, "num_images: expected at most 1000000, got 1000000000"),
         ({"prompt": "a face", "id": [1]}, "id: expected text or an integer, got [1]"),
+        ({"prompt": "a\0f"}, "prompt: expected plain text, got a null character"),
         ({"prompt": "\ud800"}, "prompt: expected Unicode text, got bytes that are none at 0"),
     ]
     prompts = table({"prompt": "a face"}, *(row for row, _ in bad), {"prompt": "a face"})
@@ -94,7 +96,13 @@ def test_bad_rows_fail_alone(table, generate, tmp_path, capsys):
         assert line["error"].startswith(reason)
         assert line["file"] is None
     assert lines[-1]["seed"] == len(bad) + 1  # a row that fails keeps its number
-    assert {path.name for path in (tmp_path / "out" / "images").rglob("*.png")} == {"00000000.png", "00000017.png"}
+    assert {path.name for path in (tmp_path / "out" / "images").rglob("*.png")} == {"00000000.png", "00000018.png"}
+
+
+def test_a_folder_may_have_a_dot_in_its_name(table, generate, tmp_path):
+    (tmp_path / "faces-1.5").mkdir()
+    assert generate(table({"prompt": "a face"}), tmp_path / "faces-1.5") == 0
+    assert len(read_lines(tmp_path / "faces-1.5" / "manifest.jsonl")) == 1
 
 
 def test_parquet_holds_the_same_pictures(table, generate, tmp_path, capsys):
@@ -165,3 +173,15 @@ def test_mistakes_are_one_sentence_before_any_work(table, generate, tmp_path, ca
     assert sentence in error
     assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_memory_does_not_grow_with_the_table(table, generate, tmp_path):
+    """Requests, pictures and lines are held for one batch. What is held for longer would hold the ids too."""
+    peaks = []
+    for number in (50, 450):
+        prompts = table(*({"prompt": f"a face {i % 3}", "id": "x" * 4000} for i in range(number)))
+        tracemalloc.start()
+        assert generate(prompts, tmp_path / f"{number}", "--batch-size", "16", "--guidance", "0", "--steps", "1") == 0
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] - peaks[0] < 400 * 2000

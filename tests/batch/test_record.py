@@ -83,6 +83,17 @@ def test_settings_of_a_run_without_results_are_replaced(tmp_path):
         assert record.complete
 
 
+def test_processes_that_start_together_with_other_settings(tmp_path):
+    """Before there is any result: on one of several machines lies another model, say."""
+    with Record(tmp_path, SETTINGS, 2, rank=0) as first:
+        with pytest.raises(UserError, match=r"other settings \(model_sha256 was 'abc', is 'def'\)"):
+            Record(tmp_path, {**SETTINGS, "model_sha256": "def"}, 2, rank=1)
+        with Record(tmp_path, SETTINGS, 2, rank=1) as second:
+            first.append([line(0)])
+            second.append([line(1)])
+            assert list(second.lines_in_order()) == [line(0), line(1)]
+
+
 def test_a_part_has_one_writer(tmp_path):
     with Record(tmp_path, SETTINGS, 1), pytest.raises(UserError, match="another process is at work on it"):
         Record(tmp_path, SETTINGS, 1)

@@ -67,7 +67,11 @@ def test_parquet_is_read_in_pieces(tmp_path):
     ("line", "reason"),
     [
         (b'{"prompt": "a",', "expected a JSON object, got a broken one: Expecting property name"),
-        (b"", "expected a JSON object, got a broken one: Expecting value, at character 1"),
+        (b"", "expected a JSON object, got an empty line"),
+        (
+            b'{"prompt": "a", "id": 1, "prompt": "b"}',
+            "expected a JSON object, got an unreadable one: 'prompt' stands in",
+        ),
         (b'["a"]', "expected a JSON object, got list"),
         (b'{"prompt": "\xff"}', "expected UTF-8 text, got bytes that are none at 12"),
         (b'{"num_images": ' + b"9" * 5000 + b"}", "expected a JSON object, got an unreadable one: "),
@@ -88,6 +92,13 @@ def test_a_line_that_cannot_be_read_is_a_row_with_a_reason(tmp_path, line, reaso
         ("p.csv", b"a", r"p.csv: expected a table ending in .txt, .jsonl, .parquet, got .csv"),
         ("p.txt", b"", r"p.txt: expected at least one row, got an empty table"),
         ("p.parquet", b"PAR1 no", r"p.parquet: expected a readable Parquet file, got: "),
+        ("p.txt", "a face".encode("utf-16"), r"p.txt: expected UTF-8 text, got UTF-16; save it as UTF-8"),
+        ("p.jsonl", '{"prompt": "a"}'.encode("utf-16"), r"p.jsonl: expected UTF-8 text, got UTF-16"),
+        (
+            "p.jsonl",
+            b'{"prompt": "a"}\n{"num_images": 100000000}',
+            r"p.jsonl:2 \(row 1\): expected at most 100000000 results of one table, got more; divide it",
+        ),
         (
             "p.jsonl",
             b'{"prompt": "a"}\n{"promt": "b"}',
@@ -106,10 +117,30 @@ def test_messages_name_the_row_and_the_line_where_there_are_lines():
     assert place(Path("p.Parquet"), 5) == "p.Parquet, row 5"
 
 
-def test_unknown_parquet_columns_and_missing_files_are_refused(tmp_path):
-    pq.write_table(pa.table({"prompt": ["a"], "style": ["b"]}), tmp_path / "p.parquet")
-    with pytest.raises(UserError, match=r"p\.parquet: expected columns among .*, got 'style'"):
+@pytest.mark.parametrize(
+    ("names", "sentence"),
+    [
+        (["prompt", "style"], r"p\.parquet: expected columns among .*, got 'style'"),
+        (["prompt", "prompt"], r"p\.parquet: expected each column once, got 'prompt' twice"),
+        (["id", "num_images"], r"p\.parquet: expected a column 'prompt', got 'id', 'num_images'"),
+    ],
+)
+def test_parquet_columns_that_are_refused(tmp_path, names, sentence):
+    pq.write_table(pa.table([pa.array(["a"]), pa.array(["b"])], names=names), tmp_path / "p.parquet")
+    with pytest.raises(UserError, match=sentence):
         Table.open(tmp_path / "p.parquet", COLUMNS, count)
+
+
+def test_a_parquet_value_that_cannot_be_read_spoils_its_own_row(tmp_path):
+    offsets = pa.array([0, 1, 3, 4], pa.int32()).buffers()[1]
+    broken = pa.Array.from_buffers(pa.string(), 3, [None, offsets, pa.py_buffer(b"a\xff\xfec")])
+    pq.write_table(pa.table({"prompt": broken, "id": ["x", "y", "z"]}), tmp_path / "p.parquet")
+    first, second, third = rows(Table.open(tmp_path / "p.parquet", COLUMNS, count))
+    assert (first, third) == (Row(0, {"prompt": "a", "id": "x"}), Row(2, {"prompt": "c", "id": "z"}))
+    assert second.error.startswith("expected readable values, got: 'utf-8' codec can't decode byte 0xff")
+
+
+def test_missing_files_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"none\.txt: expected a table, found none"):
         Table.open(tmp_path / "none.txt", COLUMNS, count)
 

@@ -101,6 +101,7 @@ BAD = [
     ({"prompt": [1] * 200}, "prompt: expected at most 128 tokens, got 200"),
     ({"prompt": "a face"}, "prompt: expected a sequence of integers, got str"),
     ({"prompt": ["a"]}, "prompt: expected text ids"),
+    ({"seeds": []}, "seeds: expected at least one, got none"),
     ({"seeds": 7}, "seeds: expected a sequence of integers, got int"),
     ({"seeds": [-1]}, "seed: expected integers from 0 to 2^64 - 1, got -1"),
     ({"seeds": [0.5]}, "seed: expected integers"),

@@ -144,6 +144,8 @@ def _question(task: AnswerTask) -> str:
 def _check_columns(values: dict[str, object]) -> None:
     if "image" not in values:
         raise UserError("image: expected a picture file, got none")
+    if values["image"] == "":
+        raise UserError("image: expected the path of a picture file, got an empty string")
     if not isinstance(values["image"], str):
         raise UserError(f"image: expected the path of a picture file, got {type(values['image']).__name__}")
     caption = values.get("caption", False)

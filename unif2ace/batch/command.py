@@ -17,8 +17,9 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -93,14 +94,16 @@ class _Run:
         rank, world_size = shard()
         if self.options.engine != "ray":
             device = self.options.device or _local_device()
-            return self._record(rank, world_size, device, None)
+            return self._record(rank, world_size, device, None)()
         if world_size > 1:
             raise UserError("--engine ray: expected a single process, got WORLD_SIZE > 1; Ray divides the work itself")
         with Cluster() as cluster:
             device = self.options.device or ("cuda" if cluster.devices("GPU") else "cpu")
-            return self._record(rank, world_size, device, cluster)
+            report = self._record(rank, world_size, device, cluster)
+        return report()
 
-    def _record(self, rank: int, world_size: int, device: str, cluster: Cluster | None) -> int:
+    def _record(self, rank: int, world_size: int, device: str, cluster: Cluster | None) -> Callable[[], int]:
+        """Do the work; what to call for the report of it, which gives the exit status."""
         output, table = self.output, self.table
         output.refuse_foreign()
         settings = {
@@ -133,7 +136,7 @@ class _Run:
                     raise
             seconds = time.perf_counter() - started
             finished = output.finish(record)
-            return self._report(record, own, todo, made, seconds, finished, device)
+            return partial(self._report, record, own, todo, made, seconds, finished, device)
 
     def _tasks(self, record: Record, rank: int, world_size: int) -> Iterator[FaceTask | AnswerTask]:
         for row, numbers in self.table.rows(rank, world_size):
@@ -155,7 +158,7 @@ class _Run:
             path = Path(options.model).expanduser()  # a path is made absolute: workers start in other folders
             model = str(path.absolute()) if resolve_folder(options.model) == path else options.model
             load = Loading(model, device.partition(":")[0], options.backend, options.threads or 1)
-            return cluster.run(self.job, tasks, todo, load, options.workers, record.folder.absolute() / "tasks")
+            return cluster.run(self.job, tasks, todo, load, options.workers, record.tasks.absolute())
         if options.threads is not None:
             torch.set_num_threads(options.threads)
         pipe = UniF2acePipeline.from_pretrained(options.model, device=device, backend=options.backend)
@@ -195,7 +198,7 @@ class _Run:
                 if line["error"] is not None
             )
             for reason in islice(reasons, REASONS_SHOWN):
-                print(f"unif2ace: {reason}", file=sys.stderr)
+                print(f"unif2ace: {' '.join(reason.split())}", file=sys.stderr)
             print(f"unif2ace: {failed} of {record.total} {self.unit}s failed; see {self.output.final}", file=sys.stderr)
         return int(failed > 0)
 

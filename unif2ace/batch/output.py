@@ -27,7 +27,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from unif2ace.batch.record import Line, Record
+from unif2ace.batch.record import Line, Record, open_lock
 from unif2ace.errors import UserError
 from unif2ace.files import replace_file
 
@@ -51,7 +51,7 @@ class Output:
         if out.suffix.lower() == ".parquet":
             parts = out.with_name(out.name + ".parts")
             return cls(out, parts, parts, fields)
-        if out.suffix or out.is_file():
+        if (out.suffix and not out.is_dir()) or out.is_file():
             raise UserError(f"--out: expected a folder or a file ending in .parquet, got {out}")
         return cls(out / "manifest.jsonl", out / "parts", out, fields)
 
@@ -82,8 +82,7 @@ class Output:
 
         Processes that end together take turns; each writes the same bytes.
         """
-        with open(self.parts / "finish.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with open_lock(self.parts / "finish.lock", fcntl.LOCK_EX):
             record.root = None if self.pictures_moved else self.root
             record.refresh()
             if not record.complete:
@@ -94,6 +93,7 @@ class Output:
                 replace_file(self.final, lambda partial: write(partial, lines), record.partial)
                 if self.is_table and self.root is not None and not record.failed:
                     shutil.rmtree(self.root / IMAGES)
+            record.tidy()
         return True
 
     def _write_table(self, path: Path, lines: Iterator[Line]) -> None:

@@ -17,7 +17,9 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import sys
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, redirect_stdout
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -50,7 +52,10 @@ class Loading:
 
 
 class Cluster:
-    """A connection to the cluster of RAY_ADDRESS, or a new one on this machine, while the context lasts."""
+    """A connection to the cluster of RAY_ADDRESS, or a new one on this machine, while the context lasts.
+
+    Meanwhile stdout is stderr: Ray prints what it has to say about workers that die, and stdout is the result's.
+    """
 
     def __init__(self) -> None:
         try:
@@ -62,16 +67,19 @@ class Cluster:
 
     def __enter__(self) -> Cluster:
         self.own = not self.ray.is_initialized()
-        if self.own:
-            try:
-                self.ray.init(log_to_driver=False, logging_level="error")
-            except (ConnectionError, ValueError, RuntimeError) as error:
-                raise UserError(f"--engine ray: cannot reach the cluster: {str(error).splitlines()[0]}") from error
+        with ExitStack() as stack:
+            stack.enter_context(redirect_stdout(sys.stderr))
+            if self.own:
+                try:
+                    self.ray.init(log_to_driver=False, logging_level="error")
+                except (ConnectionError, ValueError, RuntimeError) as error:
+                    raise UserError(f"--engine ray: cannot reach the cluster: {str(error).splitlines()[0]}") from error
+                stack.callback(self.ray.shutdown)
+            self._left = stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.own:
-            self.ray.shutdown()
+        self._left.close()
 
     def devices(self, kind: str) -> int:
         """How many GPUs or CPUs ("GPU", "CPU") the machines have together."""

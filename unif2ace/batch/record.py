@@ -10,7 +10,8 @@ A run that was interrupted, killed or cut off from power goes on from these file
 * a picture that is gone is made again, and so is what had failed; a success stands above a failure;
 * another model, table or other settings are refused: the result would be of two kinds.
 
-Nobody writes another's part. A lock (flock) keeps a second process from writing the same.
+Nobody writes another's part. A lock (flock) keeps a second process from writing the same. Another one, on run.lock,
+shared by all that are at work, keeps the settings as they are: only who is alone and finds no results yet writes them.
 
 Memory: one byte per result, 9 more while they are put in order.
 """
@@ -20,6 +21,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -31,6 +33,7 @@ from unif2ace.files import check_folder, replace_file, sync_folder
 
 OPEN, DONE, FAILED = range(3)
 RUN_FILE = "run.json"
+RUN_LOCK = "run.lock"
 
 Line = dict[str, object]
 
@@ -48,27 +51,37 @@ class Record(AbstractContextManager):
         self.folder, self.root = folder, root
         self.state = bytearray(total)
         self.partial = folder / f"partial-{rank:05d}"  # what this process is writing; overwritten after a crash
+        self.tasks = folder / "tasks"  # files that an engine divides the work into
         check_folder(folder)
-        self._file = _lock(
-            folder / f"{rank:05d}.jsonl"
-        )  # before anything is written: `partial` is this process's alone
-        try:
-            self._check_settings(settings)
-            _cut_incomplete_line(folder / f"{rank:05d}.jsonl")
+        part = folder / f"{rank:05d}.jsonl"
+        with ExitStack() as stack:
+            own = open_lock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)  # before all else: `partial` is this process's alone
+            if own is None:
+                raise UserError(f"{part}: expected to be its only writer, but another process is at work on it")
+            self._file = stack.enter_context(own)
+            self._settle(settings, stack)
+            _cut_incomplete_line(part)
             sync_folder(folder)
             self.refresh()
-        except BaseException:
-            self._file.close()
-            raise
+            self._locks = stack.pop_all()
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        self._locks.close()
+
+    def _settle(self, settings: dict[str, object], stack: ExitStack) -> None:
+        """Write the settings, or compare them; `stack` gets the lock that keeps them."""
+        path = self.folder / RUN_LOCK
+        alone = open_lock(path, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock = stack.enter_context(alone or open_lock(path, fcntl.LOCK_SH))
+        if alone is not None and not any(part.stat().st_size for part in self._parts()):
+            text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+            path = self.folder / RUN_FILE
+            replace_file(path, lambda partial: partial.write_text(text, encoding="utf-8"), self.partial)
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        self._check_settings(settings)
 
     def _check_settings(self, settings: dict[str, object]) -> None:
         path = self.folder / RUN_FILE
-        if not any(part.stat().st_size for part in self._parts()):  # there is nothing yet that could be of another kind
-            text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
-            replace_file(path, lambda partial: partial.write_text(text, encoding="utf-8"), self.partial)
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -138,6 +151,12 @@ class Record(AbstractContextManager):
                     files[owner].seek(offset)
                     yield json.loads(files[owner].readline())
 
+    def tidy(self) -> None:
+        """Remove what processes that were killed have left half done; once all is recorded, nobody needs it."""
+        for path in self.folder.glob("partial-*"):
+            path.unlink(missing_ok=True)
+        shutil.rmtree(self.tasks, ignore_errors=True)
+
     def _parts(self) -> list[Path]:
         return sorted(self.folder.glob("[0-9]*.jsonl"))
 
@@ -152,16 +171,17 @@ class Record(AbstractContextManager):
         self.state[number] = self._kind(line) if self.state[number] != DONE else DONE
 
 
-def _lock(path: Path) -> FileIO:
+def open_lock(path: Path, operation: int) -> FileIO | None:
+    """The file, to append to and with a lock on it as flock does it; None where LOCK_NB forbids to wait for another."""
     try:
-        file = FileIO(path, "a")  # unbuffered: nothing is left to write when a full disk ends the run
+        file = FileIO(path, "a+")  # unbuffered: nothing is left to write when a full disk ends the run
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+        fcntl.flock(file, operation)
+    except BlockingIOError:
         file.close()
-        raise UserError(f"{path}: expected to be its only writer, but another process is at work on it") from error
+        return None
     except OSError as error:
         file.close()
         raise UserError(f"{path}: expected a file system that can lock files: {error.strerror or error}") from error

@@ -2,7 +2,8 @@
 
 Every line is a row. A table is read twice: `Table.open` numbers its rows and refuses unknown columns before any work is
 done, `rows` hands them out; neither holds more than one piece of it. A row that cannot be read is handed out with the
-reason, so that it fails alone.
+reason, so that it fails alone. What spoils every row is refused at once: text in UTF-16, a Parquet file without the
+column that all rows need, or with a column twice.
 
 Rows count from 0, here and in results; lines count from 1, as in editors. Messages say both: "prompts.jsonl:6 (row 5)".
 
@@ -14,8 +15,10 @@ Cost: 8 bytes of memory per row.
 
 from __future__ import annotations
 
+import codecs
 import json
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +32,7 @@ from unif2ace.files import sha256
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 PARQUET_ROWS = 1024  # rows decoded at a time
+MAX_RESULTS = 100_000_000  # of one table: their record takes a byte each in memory, and names of pictures count so far
 
 
 class Row(NamedTuple):
@@ -60,7 +64,7 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Table:
-    """A table whose columns are known to be among `columns`; of a .txt file, each line is the first of them."""
+    """A table whose columns are known to be among `columns`; no row can do without the first, which .txt files hold."""
 
     path: Path
     columns: tuple[str, ...]
@@ -71,7 +75,8 @@ class Table:
     def open(cls, path: Path, columns: tuple[str, ...], count: Callable[[Row], int]) -> Table:
         """Read `path` once to number its rows.
 
-        Raises `UserError` for a file that is missing, of another kind, empty, or with columns other than `columns`.
+        Raises `UserError` for a file that is missing, of another kind, empty, too long, or with columns other than
+        `columns`.
         """
         if path.suffix.lower() not in SUFFIXES:
             raise UserError(f"{path}: expected a table ending in {', '.join(SUFFIXES)}, got {path.suffix or 'none'}")
@@ -82,6 +87,11 @@ class Table:
             digest = sha256(path)
             for row in _read(path, columns):
                 starts.append(starts[-1] + count(row))
+                if starts[-1] > MAX_RESULTS:
+                    raise UserError(
+                        f"{place(path, row.index)}: expected at most {MAX_RESULTS} results of one table, got more; "
+                        "divide it"
+                    )
         except OSError as error:
             raise UserError(f"{path}: cannot read the table: {error.strerror or error}") from error
         if len(starts) == 1:
@@ -132,13 +142,16 @@ def _read_jsonl(path: Path, columns: tuple[str, ...]) -> Iterator[Row]:
         if isinstance(line, _Unreadable):
             yield Row(index, {}, line.error)
             continue
+        if not line.strip():
+            yield Row(index, {}, "expected a JSON object, got an empty line")
+            continue
         try:
-            values = json.loads(line)
+            values = json.loads(line, object_pairs_hook=_object)
         except json.JSONDecodeError as error:
             reason = f"{error.msg}, at character {error.colno}"
             yield Row(index, {}, f"expected a JSON object, got a broken one: {reason}")
             continue
-        except (ValueError, RecursionError) as error:  # numbers of thousands of digits, brackets in brackets in ...
+        except (ValueError, RecursionError) as error:  # a name twice, thousands of digits, brackets in brackets in ...
             yield Row(index, {}, f"expected a JSON object, got an unreadable one: {error}")
             continue
         if not isinstance(values, dict):
@@ -148,17 +161,41 @@ def _read_jsonl(path: Path, columns: tuple[str, ...]) -> Iterator[Row]:
         yield Row(index, {name: value for name, value in values.items() if value is not None})
 
 
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A JSON object; `ValueError` where a name stands twice, as the values may differ."""
+    if repeated := _repeated([name for name, _ in pairs]):
+        raise ValueError(f"{repeated!r} stands in it twice")
+    return dict(pairs)
+
+
 def _read_parquet(path: Path, columns: tuple[str, ...]) -> Iterator[Row]:
     try:
         with pq.ParquetFile(path) as file:
-            _refuse_unknown(str(path), file.schema_arrow.names, columns)
+            names = file.schema_arrow.names
+            _refuse_unknown(str(path), names, columns)
+            if repeated := _repeated(names):
+                raise UserError(f"{path}: expected each column once, got {repeated!r} twice")
+            if columns[0] not in names:
+                raise UserError(f"{path}: expected a column {columns[0]!r}, got {', '.join(map(repr, names))}")
             index = 0
             for batch in file.iter_batches(PARQUET_ROWS):
-                for values in batch.to_pylist():
-                    yield Row(index, {name: value for name, value in values.items() if value is not None})
+                for values, error in _decode(batch):
+                    yield Row(index, {name: value for name, value in values.items() if value is not None}, error)
                     index += 1
     except pa.ArrowException as error:
         raise UserError(f"{path}: expected a readable Parquet file, got: {str(error).splitlines()[0]}") from error
+
+
+def _decode(batch: pa.RecordBatch) -> Iterator[tuple[dict[str, object], str | None]]:
+    """Values of every row, or why it has none."""
+    try:
+        yield from ((values, None) for values in batch.to_pylist())
+    except (ValueError, OverflowError):  # text that is no UTF-8, a date beyond Python's: it spoils its own row only
+        for row in range(len(batch)):
+            try:
+                yield batch.slice(row, 1).to_pylist()[0], None
+            except (ValueError, OverflowError) as error:
+                yield {}, f"expected readable values, got: {error}"
 
 
 class _Unreadable(NamedTuple):
@@ -169,6 +206,8 @@ def _lines(path: Path) -> Iterator[tuple[int, str | _Unreadable]]:
     """Lines without their ends. Decoded one by one: bytes that are no UTF-8 spoil their own line only."""
     with open(path, "rb") as file:
         for index, line in enumerate(file):
+            if index == 0 and line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                raise UserError(f"{path}: expected UTF-8 text, got UTF-16; save it as UTF-8")
             try:
                 yield index, line.decode("utf-8-sig" if index == 0 else "utf-8").rstrip("\r\n")
             except UnicodeDecodeError as error:
@@ -179,3 +218,8 @@ def _refuse_unknown(where: str, found: object, columns: tuple[str, ...]) -> None
     unknown = [name for name in found if name not in columns]
     if unknown:
         raise UserError(f"{where}: expected columns among {', '.join(columns)}, got {', '.join(map(repr, unknown))}")
+
+
+def _repeated(names: list[str]) -> str | None:
+    """A name that stands more than once."""
+    return next((name for name, count in Counter(names).items() if count > 1), None)

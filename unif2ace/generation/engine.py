@@ -80,7 +80,8 @@ class GenerationEngine:
         try:
             job = accept(request, self.model, self.max_prompt_tokens)
         except UserError as error:
-            self._fail(request, range(len(request.seeds) if isinstance(request.seeds, Sequence) else 1), str(error))
+            number = len(request.seeds) if isinstance(request.seeds, Sequence) else 0
+            self._fail(request, range(number or 1), str(error))
             return
         if not job.steps:  # everything is known
             for index in range(job.waiting):

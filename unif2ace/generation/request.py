@@ -79,6 +79,8 @@ def accept(request: Request, model: UniF2ace, max_prompt_tokens: int) -> Job:
     for name, value in (("prompt", request.prompt), ("seeds", request.seeds)):
         if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
             raise UserError(f"{name}: expected a sequence of integers, got {type(value).__name__}")
+    if not request.seeds:
+        raise UserError("seeds: expected at least one, got none")
     if len(request.prompt) > max_prompt_tokens:
         raise UserError(f"prompt: expected at most {max_prompt_tokens} tokens, got {len(request.prompt)}")
     for token in request.prompt:
