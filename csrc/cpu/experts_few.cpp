@@ -13,6 +13,7 @@
 #include <algorithm>
 
 #include "cpu/experts_mlp.h"
+#include "cpu/experts_tiles.h"
 #include "cpu/isa.h"
 #include "cpu/lanes16.h"
 
@@ -21,10 +22,11 @@ namespace {
 
 constexpr int kWeightRows = 4;  // 16 sums, 4 weights and a value fill the 32 registers of AVX-512 without spilling
 constexpr int kTokenRows = 4;
+constexpr int64_t kBlockBytes = 24 << 10;
 
 // `left` elements from here on, at most 16. A constant in the loop over whole vectors.
 template <class F, class D, int J, int R>
-UNIF2ACE_INLINE void dot_step(const D* w, int64_t length, const float* x, int64_t x_stride, Lanes16<F> (&sum)[J][R],
+UNIF2ACE_INLINE void dot_step(const D* w, int64_t length, const float* x, int64_t x_stride, Lanes16<F>* sum,
                               int64_t left) {
   for (int part = 0; part < kParts<F>; ++part) {
     const int at = part * kWidth<F>;
@@ -36,7 +38,7 @@ UNIF2ACE_INLINE void dot_step(const D* w, int64_t length, const float* x, int64_
     }
     for (int r = 0; r < R; ++r) {
       const F value = load<F>(x + r * x_stride + at);
-      for (int j = 0; j < J; ++j) sum[j][r].part[part] += weight[j] * value;
+      for (int j = 0; j < J; ++j) sum[r * kWeightRows + j].part[part] += weight[j] * value;
     }
   }
 }
@@ -44,12 +46,14 @@ UNIF2ACE_INLINE void dot_step(const D* w, int64_t length, const float* x, int64_
 template <class F, class D, int J, int R>
 UNIF2ACE_INLINE void dot_block(const D* w, int64_t length, const float* x, int64_t x_stride, const float* bias,
                                float* out, int64_t out_stride) {
-  Lanes16<F> sum[J][R];
+  Lanes16<F> sum[kTokenRows * kWeightRows];
   int64_t i = 0;
   for (; i + 16 <= length; i += 16) dot_step<F, D, J, R>(w + i, length, x + i, x_stride, sum, 16);
   if (i < length) dot_step<F, D, J, R>(w + i, length, x + i, x_stride, sum, length - i);
+  float total[16];
+  memcpy(total, sums(sum).part, sizeof total);
   for (int r = 0; r < R; ++r)
-    for (int j = 0; j < J; ++j) out[r * out_stride + j] = sum[j][r].sum() + bias[j];
+    for (int j = 0; j < J; ++j) out[r * out_stride + j] = total[r * kWeightRows + j] + bias[j];
 }
 
 template <class F, class D, int J>
@@ -97,57 +101,119 @@ UNIF2ACE_INLINE void dots_body(ScalarType dtype, const void* w, const void* bias
     dot_matrix<F>(static_cast<const Half*>(w), static_cast<const Half*>(bias), count, length, x, rows, out, out_stride);
 }
 
-// Element `at` of an optional tensor.
-const void* element(const std::optional<Tensor>& tensor, int64_t at) {
-  if (!tensor) return nullptr;
-  return static_cast<const char*>(tensor->const_data_ptr()) + at * size_of(tensor->scalar_type());
+int64_t block_rows(int64_t length) {
+  return std::max<int64_t>(kBlockBytes / (4 * padded_length(length)) / kTokenRows * kTokenRows, kTokenRows);
 }
 
-const void* element(const Tensor& tensor, int64_t at) {
-  return static_cast<const char*>(tensor.const_data_ptr()) + at * size_of(tensor.scalar_type());
+void padded_row(ScalarType dtype, const void* from, int64_t length, float* to) {
+  to_float(dtype, from, length, to);
+  std::fill(to + length, to + padded_length(length), 0.0f);
+}
+
+// ------------------------------------------------------------------------------------------------------- forward pass
+
+constexpr int64_t kPanelBytes = 640 << 10;
+constexpr int64_t kWideRows = 16;
+
+// Rows of weights of one expert, and their biases.
+struct Panel {
+  ScalarType dtype;
+  const void *w, *bias;
+  int64_t count, length;
+};
+
+struct Scratch {
+  Buffer w[2], bias[2], x, pre, values, down;
+};
+
+Panel panel_of(const Tensor& w, const std::optional<Tensor>& bias, int64_t row, int64_t count, int64_t length) {
+  const ScalarType dtype = w.scalar_type();
+  const auto element = [&](const Tensor& tensor, int64_t at) {
+    return static_cast<const char*>(tensor.const_data_ptr()) + at * size_of(dtype);
+  };
+  return {dtype, element(w, row * length), bias ? element(*bias, row) : nullptr, count, length};
+}
+
+// The panel in float32.
+Panel widened(const Panel& panel, Scratch& scratch, int64_t part) {
+  const int64_t padded = padded_length(panel.length), size = size_of(panel.dtype);
+  float* w = scratch.w[part].fit<float>(panel.count * padded * sizeof(float));
+  for (int64_t j = 0; j < panel.count; ++j)
+    padded_row(panel.dtype, static_cast<const char*>(panel.w) + j * panel.length * size, panel.length, w + j * padded);
+  if (panel.bias == nullptr) return {ScalarType::Float, w, nullptr, panel.count, padded};
+  float* bias = scratch.bias[part].fit<float>(panel.count * sizeof(float));
+  to_float(panel.dtype, panel.bias, panel.count, bias);
+  return {ScalarType::Float, w, bias, panel.count, padded};
+}
+
+Panel panel_for(int64_t rows, const Panel& panel, Scratch& scratch, int64_t part = 0) {
+  return panel.dtype == ScalarType::Float || rows < kWideRows ? panel : widened(panel, scratch, part);
+}
+
+void multiply(const Panel& p, const float* x, int64_t rows, float* out, int64_t out_stride) {
+  dots(p.dtype, p.w, p.bias, p.count, p.length, x, rows, out, out_stride);
 }
 
 // Columns first .. first + width - 1 of the activation of all rows -> act[slots, padded_length(inner)].
-void up_columns(const Mlp& p, int64_t first, int64_t width, float* act, char* pre_out) {
+void up_columns(const Mlp& p, int64_t first, int64_t width, float* act, char* pre_out, Scratch& scratch) {
   const int64_t length = padded_length(p.hidden), act_length = padded_length(p.inner);
-  const int parts = is_gated(p.activation) ? 2 : 1;
+  const int64_t parts = is_gated(p.activation) ? 2 : 1, block = block_rows(p.hidden);
   const Rows source = p.rows_of(p.x);
-  std::vector<float> x, pre, values;
+  float* x = scratch.x.fit<float>(block * length * sizeof(float));
+  float* pre = scratch.pre.fit<float>(block * parts * width * sizeof(float));
+  float* values = scratch.values.fit<float>(block * width * sizeof(float));
   for (int64_t e = 0; e < p.experts; ++e) {
-    const int64_t begin = p.offsets[e], rows = p.offsets[e + 1] - begin;
-    if (rows == 0) continue;
-    x.assign(rows * length, 0.0f);
-    pre.resize(rows * parts * width);
-    values.resize(rows * width);
-    for (int64_t r = 0; r < rows; ++r) to_float(p.dtype, source.row(begin + r), p.hidden, x.data() + r * length);
-    for (int part = 0; part < parts; ++part) {
-      const int64_t row = e * p.up_rows + part * p.inner + first;
-      dots(p.dtype, element(p.w_up, row * p.hidden), element(p.b_up, row), width, p.hidden, x.data(), rows,
-           pre.data() + part * width, parts * width);
-    }
-    activate(p.activation, ScalarType::Float, pre.data(), rows, width, values.data());
-    for (int64_t r = 0; r < rows; ++r) {
-      std::copy_n(values.data() + r * width, width, act + (begin + r) * act_length + first);
-      for (int part = 0; pre_out != nullptr && part < parts; ++part)
-        from_float(p.dtype, pre.data() + (r * parts + part) * width, width,
-                   pre_out + ((begin + r) * p.up_rows + part * p.inner + first) * size_of(p.dtype));
+    const int64_t end = p.offsets[e + 1];
+    Panel panel[2];
+    for (int64_t part = 0; part < parts && p.offsets[e] < end; ++part)
+      panel[part] =
+          panel_for(end - p.offsets[e],
+                    panel_of(p.w_up, p.b_up, e * p.up_rows + part * p.inner + first, width, p.hidden), scratch, part);
+    for (int64_t begin = p.offsets[e]; begin < end; begin += block) {
+      const int64_t rows = std::min(block, end - begin);
+      for (int64_t r = 0; r < rows; ++r) padded_row(p.dtype, source.row(begin + r), p.hidden, x + r * length);
+      for (int64_t part = 0; part < parts; ++part) multiply(panel[part], x, rows, pre + part * width, parts * width);
+      activate(p.activation, ScalarType::Float, pre, rows, width, values);
+      for (int64_t r = 0; r < rows; ++r) {
+        float* out = act + (begin + r) * act_length;
+        std::copy_n(values + r * width, width, out + first);
+        if (first == 0) std::fill(out + p.inner, out + act_length, 0.0f);
+        for (int64_t part = 0; pre_out != nullptr && part < parts; ++part)
+          from_float(p.dtype, pre + (r * parts + part) * width, width,
+                     pre_out + ((begin + r) * p.up_rows + part * p.inner + first) * size_of(p.dtype));
+      }
     }
   }
 }
 
 // Columns first .. first + width - 1 of y.
-void down_columns(const Mlp& p, int64_t first, int64_t width, const float* act, char* y) {
-  std::vector<float> down(p.slots * width);
+void down_columns(const Mlp& p, int64_t first, int64_t width, const float* act, char* y, Scratch& scratch) {
+  const int64_t act_length = padded_length(p.inner), block = block_rows(p.inner);
+  float* down = scratch.down.fit<float>(p.slots * width * sizeof(float));
   std::vector<const void*> row(p.slots, nullptr);
   for (int64_t e = 0; e < p.experts; ++e) {
-    const int64_t begin = p.offsets[e], rows = p.offsets[e + 1] - begin, at = e * p.hidden + first;
-    if (rows == 0) continue;
-    dots(p.dtype, element(p.w_down, at * p.inner), element(p.b_down, at), width, p.inner,
-         act + begin * padded_length(p.inner), rows, down.data() + begin * width, width);
-    for (int64_t m = begin; m < begin + rows; ++m) row[m] = down.data() + m * width;
+    const int64_t end = p.offsets[e + 1];
+    if (p.offsets[e] == end) continue;
+    const Panel panel =
+        panel_for(end - p.offsets[e], panel_of(p.w_down, p.b_down, e * p.hidden + first, width, p.inner), scratch);
+    for (int64_t begin = p.offsets[e]; begin < end; begin += block)
+      multiply(panel, act + begin * act_length, std::min(block, end - begin), down + begin * width, width);
+    for (int64_t m = p.offsets[e]; m < end; ++m) row[m] = down + m * width;
   }
   combine_tokens(p, ScalarType::Float, row.data(), pointer<float>(p.weights), width, y + first * size_of(p.dtype),
                  p.hidden, 0, p.tokens);
+}
+
+// Calls body(first, width, scratch) for panels of `columns`, whose rows of weights have `length` numbers.
+template <class Body>
+void for_panels(int64_t columns, int64_t length, const Body& body) {
+  const int64_t threads = torch::stable::get_num_threads(), blocks = (columns + 15) / 16;
+  const int64_t wanted = (columns * length * 4 + kPanelBytes - 1) / kPanelBytes;
+  const int64_t panels = std::min(blocks, (wanted + threads - 1) / threads * threads);
+  run_tasks<Scratch>(panels, [&](int64_t i, Scratch& scratch) {
+    const int64_t first = blocks * i / panels * 16, end = std::min(blocks * (i + 1) / panels * 16, columns);
+    body(first, end - first, scratch);
+  });
 }
 
 }  // namespace
@@ -166,13 +232,13 @@ bool is_few(ScalarType dtype, int64_t rows, int64_t experts) {
 }
 
 void forward_few(const Mlp& p, void* y, void* pre) {
-  std::vector<float> act(p.slots * padded_length(p.inner));
-  const auto blocks = [](int64_t columns) { return (columns + 15) / 16; };
-  torch::stable::parallel_for(0, blocks(p.inner), 1, [&](int64_t begin, int64_t end) {
-    up_columns(p, begin * 16, std::min(end * 16, p.inner) - begin * 16, act.data(), static_cast<char*>(pre));
+  Buffer memory;
+  float* act = memory.fit<float>(p.slots * padded_length(p.inner) * sizeof(float));
+  for_panels(p.inner, p.hidden * (is_gated(p.activation) ? 2 : 1), [&](int64_t first, int64_t width, Scratch& scratch) {
+    up_columns(p, first, width, act, static_cast<char*>(pre), scratch);
   });
-  torch::stable::parallel_for(0, blocks(p.hidden), 1, [&](int64_t begin, int64_t end) {
-    down_columns(p, begin * 16, std::min(end * 16, p.hidden) - begin * 16, act.data(), static_cast<char*>(y));
+  for_panels(p.hidden, p.inner, [&](int64_t first, int64_t width, Scratch& scratch) {
+    down_columns(p, first, width, act, static_cast<char*>(y), scratch);
   });
 }
 
