@@ -1,13 +1,22 @@
-// The op `experts` for few rows per expert, as in decoding: bound by reading the weights.
+// The op `experts` as dot products of token rows with rows of weights: how a few rows per expert are done, as in
+// decoding, and any number of them whose bits must not depend on their number.
 //
-// Each thread takes a range of output columns of *all* experts, so the cores are equally busy however the tokens fall,
-// and reads its part of every used matrix once, in long runs. Two sweeps: up projection and activation, then down
-// projection and the weighted sum over the choices of a token, for which a thread has all it needs in its own columns.
+// The columns of a matrix, of *all* experts, are shared out in panels, so the cores are equally busy however the tokens
+// fall, and each reads its part of every used matrix once, in long runs. Two sweeps: up projection and activation, then
+// down projection and the weighted sum over the choices of a token, for which a panel has all it needs in its own
+// columns.
 //
-// Four rows of weights meet four token rows at a time: 16 sums in registers, 8 loads for 16 multiply-adds; further
-// token rows find the four rows of weights in the first-level cache. The next four are prefetched: rows are too short
-// for the processor to follow by itself (8 tokens, 16 experts of 2048 x 512 in bfloat16: 1.9 -> 1.2 ms, the speed of
-// memory). bfloat16 and float16 are converted as they are loaded.
+// Three levels, each with something that stays while the rest passes by:
+//   registers      4 rows of weights meet 4 token rows: 16 sums, 8 loads for 16 multiply-adds;
+//   L1             a block of token rows: the rows of weights pass by, four at a time;
+//   L2             a panel: the blocks of all token rows of its expert pass by.
+// Of few rows there is one block, and the weights come from memory. The next four rows of weights are prefetched: rows
+// are too short for the processor to follow by itself (8 tokens, 16 experts of 2048 x 512 in bfloat16: 1.9 -> 1.2 ms,
+// the speed of memory; 4096 tokens, top 2 of 16 experts of 768 x 384 in float32: 35 -> 28 ms). bfloat16 and float16 are
+// converted as they are loaded, or where several blocks follow, once for all of them.
+//
+// Each number is a sum over 16 lanes, then over the lanes, whatever the block, panel and instruction set: the bits of a
+// token depend on its row and its experts alone.
 #include "cpu/experts_few.h"
 
 #include <algorithm>
@@ -22,7 +31,6 @@ namespace {
 
 constexpr int kWeightRows = 4;  // 16 sums, 4 weights and a value fill the 32 registers of AVX-512 without spilling
 constexpr int kTokenRows = 4;
-constexpr int64_t kBlockBytes = 24 << 10;
 
 // `left` elements from here on, at most 16. A constant in the loop over whole vectors.
 template <class F, class D, int J, int R>
@@ -101,19 +109,17 @@ UNIF2ACE_INLINE void dots_body(ScalarType dtype, const void* w, const void* bias
     dot_matrix<F>(static_cast<const Half*>(w), static_cast<const Half*>(bias), count, length, x, rows, out, out_stride);
 }
 
-int64_t block_rows(int64_t length) {
-  return std::max<int64_t>(kBlockBytes / (4 * padded_length(length)) / kTokenRows * kTokenRows, kTokenRows);
-}
-
-void padded_row(ScalarType dtype, const void* from, int64_t length, float* to) {
-  to_float(dtype, from, length, to);
-  std::fill(to + length, to + padded_length(length), 0.0f);
-}
-
 // ------------------------------------------------------------------------------------------------------- forward pass
 
+// Half of a first-level cache of 48 KiB, but at least 8 rows: with fewer the weights come from the second level too
+// often (1024 tokens, top 4 of 16 experts of 2048 x 512, blocks of 4, 8 and 16 rows: 61, 56 and 64 ms).
+constexpr int64_t kBlockBytes = 24 << 10;
+
+// Of a second-level cache of 1 MiB. Smaller panels gather the token rows more often (4096 tokens, top 2 of 16 experts
+// of 768 x 384, panels of 256 KiB: 30 ms instead of 28).
 constexpr int64_t kPanelBytes = 640 << 10;
-constexpr int64_t kWideRows = 16;
+
+constexpr int64_t kWideRows = 16;  // rows from which converting a panel beforehand pays
 
 // Rows of weights of one expert, and their biases.
 struct Panel {
@@ -123,8 +129,18 @@ struct Panel {
 };
 
 struct Scratch {
-  Buffer w[2], bias[2], x, pre, values, down;
+  Buffer weights[2], x, pre, down;  // [2]: gate and up
 };
+
+int64_t block_rows(int64_t length) {
+  const int64_t rows = kBlockBytes / sizeof(float) / std::max<int64_t>(padded_length(length), 1);
+  return std::max<int64_t>(rows / kTokenRows, 2) * kTokenRows;
+}
+
+void padded_row(ScalarType dtype, const void* from, int64_t length, float* to) {
+  to_float(dtype, from, length, to);
+  std::fill(to + length, to + padded_length(length), 0.0f);
+}
 
 Panel panel_of(const Tensor& w, const std::optional<Tensor>& bias, int64_t row, int64_t count, int64_t length) {
   const ScalarType dtype = w.scalar_type();
@@ -134,20 +150,16 @@ Panel panel_of(const Tensor& w, const std::optional<Tensor>& bias, int64_t row, 
   return {dtype, element(w, row * length), bias ? element(*bias, row) : nullptr, count, length};
 }
 
-// The panel in float32.
-Panel widened(const Panel& panel, Scratch& scratch, int64_t part) {
+// What `rows` token rows are to be multiplied with: the panel, or its numbers in float32 in `memory`.
+Panel panel_for(int64_t rows, const Panel& panel, Buffer& memory) {
+  if (panel.dtype == ScalarType::Float || rows < kWideRows) return panel;
   const int64_t padded = padded_length(panel.length), size = size_of(panel.dtype);
-  float* w = scratch.w[part].fit<float>(panel.count * padded * sizeof(float));
+  float* w = memory.fit<float>(panel.count * (padded + 1) * sizeof(float));
   for (int64_t j = 0; j < panel.count; ++j)
     padded_row(panel.dtype, static_cast<const char*>(panel.w) + j * panel.length * size, panel.length, w + j * padded);
-  if (panel.bias == nullptr) return {ScalarType::Float, w, nullptr, panel.count, padded};
-  float* bias = scratch.bias[part].fit<float>(panel.count * sizeof(float));
-  to_float(panel.dtype, panel.bias, panel.count, bias);
+  float* bias = panel.bias == nullptr ? nullptr : w + panel.count * padded;
+  if (bias != nullptr) to_float(panel.dtype, panel.bias, panel.count, bias);
   return {ScalarType::Float, w, bias, panel.count, padded};
-}
-
-Panel panel_for(int64_t rows, const Panel& panel, Scratch& scratch, int64_t part = 0) {
-  return panel.dtype == ScalarType::Float || rows < kWideRows ? panel : widened(panel, scratch, part);
 }
 
 void multiply(const Panel& p, const float* x, int64_t rows, float* out, int64_t out_stride) {
@@ -157,29 +169,30 @@ void multiply(const Panel& p, const float* x, int64_t rows, float* out, int64_t 
 // Columns first .. first + width - 1 of the activation of all rows -> act[slots, padded_length(inner)].
 void up_columns(const Mlp& p, int64_t first, int64_t width, float* act, char* pre_out, Scratch& scratch) {
   const int64_t length = padded_length(p.hidden), act_length = padded_length(p.inner);
-  const int64_t parts = is_gated(p.activation) ? 2 : 1, block = block_rows(p.hidden);
+  const int64_t parts = is_gated(p.activation) ? 2 : 1, block = std::min(block_rows(p.hidden), p.slots);
   const Rows source = p.rows_of(p.x);
   float* x = scratch.x.fit<float>(block * length * sizeof(float));
   float* pre = scratch.pre.fit<float>(block * parts * width * sizeof(float));
-  float* values = scratch.values.fit<float>(block * width * sizeof(float));
   for (int64_t e = 0; e < p.experts; ++e) {
     const int64_t end = p.offsets[e + 1];
+    if (p.offsets[e] == end) continue;
     Panel panel[2];
-    for (int64_t part = 0; part < parts && p.offsets[e] < end; ++part)
+    for (int64_t part = 0; part < parts; ++part) {
+      const int64_t row = e * p.up_rows + part * p.inner + first;
       panel[part] =
-          panel_for(end - p.offsets[e],
-                    panel_of(p.w_up, p.b_up, e * p.up_rows + part * p.inner + first, width, p.hidden), scratch, part);
+          panel_for(end - p.offsets[e], panel_of(p.w_up, p.b_up, row, width, p.hidden), scratch.weights[part]);
+    }
     for (int64_t begin = p.offsets[e]; begin < end; begin += block) {
       const int64_t rows = std::min(block, end - begin);
       for (int64_t r = 0; r < rows; ++r) padded_row(p.dtype, source.row(begin + r), p.hidden, x + r * length);
       for (int64_t part = 0; part < parts; ++part) multiply(panel[part], x, rows, pre + part * width, parts * width);
-      activate(p.activation, ScalarType::Float, pre, rows, width, values);
       for (int64_t r = 0; r < rows; ++r) {
+        const float* row = pre + r * parts * width;
         float* out = act + (begin + r) * act_length;
-        std::copy_n(values + r * width, width, out + first);
+        activate(p.activation, ScalarType::Float, row, 1, width, out + first);
         if (first == 0) std::fill(out + p.inner, out + act_length, 0.0f);
         for (int64_t part = 0; pre_out != nullptr && part < parts; ++part)
-          from_float(p.dtype, pre + (r * parts + part) * width, width,
+          from_float(p.dtype, row + part * width, width,
                      pre_out + ((begin + r) * p.up_rows + part * p.inner + first) * size_of(p.dtype));
       }
     }
@@ -194,8 +207,8 @@ void down_columns(const Mlp& p, int64_t first, int64_t width, const float* act, 
   for (int64_t e = 0; e < p.experts; ++e) {
     const int64_t end = p.offsets[e + 1];
     if (p.offsets[e] == end) continue;
-    const Panel panel =
-        panel_for(end - p.offsets[e], panel_of(p.w_down, p.b_down, e * p.hidden + first, width, p.inner), scratch);
+    const Panel panel = panel_for(
+        end - p.offsets[e], panel_of(p.w_down, p.b_down, e * p.hidden + first, width, p.inner), scratch.weights[0]);
     for (int64_t begin = p.offsets[e]; begin < end; begin += block)
       multiply(panel, act + begin * act_length, std::min(block, end - begin), down + begin * width, width);
     for (int64_t m = p.offsets[e]; m < end; ++m) row[m] = down + m * width;
@@ -204,14 +217,15 @@ void down_columns(const Mlp& p, int64_t first, int64_t width, const float* act, 
                  p.hidden, 0, p.tokens);
 }
 
-// Calls body(first, width, scratch) for panels of `columns`, whose rows of weights have `length` numbers.
+// Calls body(first, width, scratch) for panels of `columns`, each of which has `length` weights per expert: equally
+// wide ones, and equally many for each thread.
 template <class Body>
 void for_panels(int64_t columns, int64_t length, const Body& body) {
-  const int64_t threads = torch::stable::get_num_threads(), blocks = (columns + 15) / 16;
-  const int64_t wanted = (columns * length * 4 + kPanelBytes - 1) / kPanelBytes;
-  const int64_t panels = std::min(blocks, (wanted + threads - 1) / threads * threads);
+  const int64_t threads = torch::stable::get_num_threads(), units = (columns + 15) / 16;
+  const int64_t each = columns * length * sizeof(float) / (kPanelBytes * threads) + 1;
+  const int64_t panels = std::min(units, each * threads);
   run_tasks<Scratch>(panels, [&](int64_t i, Scratch& scratch) {
-    const int64_t first = blocks * i / panels * 16, end = std::min(blocks * (i + 1) / panels * 16, columns);
+    const int64_t first = units * i / panels * 16, end = std::min(units * (i + 1) / panels * 16, columns);
     body(first, end - first, scratch);
   });
 }
