@@ -129,7 +129,7 @@ struct Panel {
 };
 
 struct Scratch {
-  Buffer weights[2], x, pre, down;  // [2]: gate and up
+  Buffer rows, weights[2];  // [2]: gate and up
 };
 
 int64_t block_rows(int64_t length) {
@@ -171,8 +171,8 @@ void up_columns(const Mlp& p, int64_t first, int64_t width, float* act, char* pr
   const int64_t length = padded_length(p.hidden), act_length = padded_length(p.inner);
   const int64_t parts = is_gated(p.activation) ? 2 : 1, block = std::min(block_rows(p.hidden), p.slots);
   const Rows source = p.rows_of(p.x);
-  float* x = scratch.x.fit<float>(block * length * sizeof(float));
-  float* pre = scratch.pre.fit<float>(block * parts * width * sizeof(float));
+  float* x = scratch.rows.fit<float>(block * (length + parts * width) * sizeof(float));
+  float* pre = x + block * length;
   for (int64_t e = 0; e < p.experts; ++e) {
     const int64_t end = p.offsets[e + 1];
     if (p.offsets[e] == end) continue;
@@ -202,7 +202,7 @@ void up_columns(const Mlp& p, int64_t first, int64_t width, float* act, char* pr
 // Columns first .. first + width - 1 of y.
 void down_columns(const Mlp& p, int64_t first, int64_t width, const float* act, char* y, Scratch& scratch) {
   const int64_t act_length = padded_length(p.inner), block = block_rows(p.inner);
-  float* down = scratch.down.fit<float>(p.slots * width * sizeof(float));
+  float* down = scratch.rows.fit<float>(p.slots * width * sizeof(float));
   std::vector<const void*> row(p.slots, nullptr);
   for (int64_t e = 0; e < p.experts; ++e) {
     const int64_t end = p.offsets[e + 1];
