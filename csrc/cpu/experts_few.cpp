@@ -237,10 +237,14 @@ UNIF2ACE_MULTIVERSION(dots, dots_body,
                        int64_t rows, float* out, int64_t out_stride),
                       (dtype, w, bias, count, length, x, rows, out, out_stride))
 
-// Microseconds of the forward pass this way / by tiles, on two Zen 5 cores, 16 experts of 512 x 256:
-//   rows per expert   2          4          8          16          24           32
-//   float32           173 / 734  245 / 900  477 / 937  878 / 1064  1228 / 1292  1690 / 1643
-//   bfloat16          139 / 437  221 / 468  392 / 461  729 / 548   1196 / 653   1578 / 830
+// Microseconds of the forward pass this way / by tiles, on two Zen 5 cores, top 4 of 16 experts:
+//   rows per expert          4          8            16           24           32           48
+//   512 x 256, float32       141 / 666  229 / 718    396 / 870    578 / 1074   748 / 1219   1089 / 1515
+//   512 x 256, bfloat16      184 / 443  330 / 480    515 / 546    649 / 654    818 / 746    1139 / 863
+//   2048 x 512, float32                 3038 / 5765  4806 / 6653  6483 / 8134  8187 / 9070  11637 / 11119
+//   2048 x 512, bfloat16                2579 / 3075  5056 / 3592  7781 / 4387
+// The grouped GEMM alone tips earlier: at 24 rows 3818 / 3616 for 512 x 2048 in float32, 809 / 516 for 512 x 256 in
+// float16.
 bool is_few(ScalarType dtype, int64_t rows, int64_t experts) {
   return rows <= (dtype == ScalarType::BFloat16 ? 8 : 16) * experts;
 }
