@@ -220,15 +220,21 @@ void down_columns(const Mlp& p, int64_t first, int64_t width, const float* act, 
 }
 
 // Calls body(first, width, scratch) for panels of `columns`, each of which has `length` weights per expert: equally
-// wide ones, and equally many for each thread.
+// wide ones, and equally many for each thread; a single one where no expert has several blocks of rows.
 template <class Body>
-void for_panels(int64_t columns, int64_t length, const Body& body) {
+void for_panels(const Mlp& p, int64_t columns, int64_t length, const Body& body) {
   const int64_t threads = torch::stable::get_num_threads(), units = (columns + 15) / 16;
-  const int64_t each = columns * length * sizeof(float) / (kPanelBytes * threads) + 1;
-  const int64_t panels = std::min(units, each * threads);
-  run_tasks<Scratch>(panels, [&](int64_t i, Scratch& scratch) {
-    const int64_t first = units * i / panels * 16, end = std::min(units * (i + 1) / panels * 16, columns);
-    body(first, end - first, scratch);
+  int64_t most = 0;
+  for (int64_t e = 0; e < p.experts; ++e) most = std::max<int64_t>(most, p.offsets[e + 1] - p.offsets[e]);
+  const int64_t bytes = most <= block_rows(length) ? 0 : columns * length * sizeof(float);
+  const int64_t panels = std::min(units, (bytes / (kPanelBytes * threads) + 1) * threads);
+  // The same ones for a thread in each call: its cache may still have their weights.
+  torch::stable::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
+    Scratch scratch;
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t first = units * i / panels * 16, last = std::min(units * (i + 1) / panels * 16, columns);
+      body(first, last - first, scratch);
+    }
   });
 }
 
@@ -254,10 +260,11 @@ bool is_few(ScalarType dtype, int64_t rows, int64_t experts) {
 void forward_few(const Mlp& p, void* y, void* pre) {
   Buffer memory;
   float* act = memory.fit<float>(p.slots * padded_length(p.inner) * sizeof(float));
-  for_panels(p.inner, p.hidden * (is_gated(p.activation) ? 2 : 1), [&](int64_t first, int64_t width, Scratch& scratch) {
-    up_columns(p, first, width, act, static_cast<char*>(pre), scratch);
-  });
-  for_panels(p.hidden, p.inner, [&](int64_t first, int64_t width, Scratch& scratch) {
+  for_panels(p, p.inner, p.hidden * (is_gated(p.activation) ? 2 : 1),
+             [&](int64_t first, int64_t width, Scratch& scratch) {
+               up_columns(p, first, width, act, static_cast<char*>(pre), scratch);
+             });
+  for_panels(p, p.hidden, p.inner, [&](int64_t first, int64_t width, Scratch& scratch) {
     down_columns(p, first, width, act, static_cast<char*>(y), scratch);
   });
 }
