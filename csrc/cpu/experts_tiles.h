@@ -76,23 +76,22 @@ struct Tiles {
   }
 };
 
-// Memory of one thread, kept from task to task; uninitialised.
+// Memory of one thread, kept from task to task; uninitialised, aligned to cache lines. (Aligned here: the aligned `new`
+// of glibc costs 0.1 us more, which one token through small experts would feel.)
 class Buffer {
  public:
   template <class T = void>
   T* fit(int64_t bytes) {
     if (bytes > size_) {
-      memory_.reset(static_cast<char*>(::operator new(bytes, std::align_val_t(64))));
+      memory_.reset(new char[bytes + kLine - 1]);
       size_ = bytes;
     }
-    return reinterpret_cast<T*>(memory_.get());
+    return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory_.get()) + kLine - 1) / kLine * kLine);
   }
 
  private:
-  struct Delete {
-    void operator()(char* memory) const { ::operator delete(memory, std::align_val_t(64)); }
-  };
-  std::unique_ptr<char, Delete> memory_;
+  static constexpr uintptr_t kLine = 64;
+  std::unique_ptr<char[]> memory_;
   int64_t size_ = 0;
 };
 

@@ -2,14 +2,16 @@
 // +, <, ?: work on them and every architecture is served by one source.
 #pragma once
 
+#include <type_traits>
+
 #include "common/numerics.h"
 
-// Four lanes of two Floats4, those of b counted from 4 on. GCC moves {a[0], b[0], a[1], b[1]} lane by lane instead,
+// Lanes of two vectors, those of b counted on from those of a. GCC moves {a[0], b[0], a[1], b[1]} lane by lane instead,
 // through integer registers.
 #if __has_builtin(__builtin_shufflevector)
 #define UNIF2ACE_PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else  // GCC before 12
-#define UNIF2ACE_PICK(a, b, ...) __builtin_shuffle(a, b, Ints4{__VA_ARGS__})
+#define UNIF2ACE_PICK(a, b, ...) __builtin_shuffle(a, b, Integers<std::decay_t<decltype(a)>>{__VA_ARGS__})
 #endif
 
 namespace unif2ace {

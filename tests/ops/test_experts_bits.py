@@ -15,6 +15,7 @@ from tests.ops.test_experts import CASES, each_case_repeated, marked, plan_of, p
 from tests.oracle import assert_matches_reference
 from unif2ace.errors import UserError
 from unif2ace.ops import expert_mlp, grouped_gemm
+from unif2ace.ops._registry import FAST_DTYPES
 from unif2ace.ops.experts import ACTIVATIONS
 
 FAST = [case for case in CASES if case[0] != "reference"]
@@ -90,14 +91,24 @@ def test_a_token_does_not_depend_on_the_batch_around_it(backend: str, sizes: tup
 @pytest.mark.parametrize(("backend", "dtype"), ROWWISE, ids=str)
 def test_who_says_few_or_many_has_the_same_bits_in_any_number(backend: str, few: bool, dtype: torch.dtype):
     """300 tokens are many for 4 experts, 1 is few; told so, the number decides nothing."""
-    shape = ExpertShape(300, 64, 48, 4, 2)
+    check_in_any_number(backend, ExpertShape(300, 64, 48, 4, 2), few, dtype)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", FAST_DTYPES, ids=str)
+def test_blocks_and_panels_decide_nothing(dtype: torch.dtype):
+    """Several blocks of token rows and panels of weights per expert, and neither fills its vectors."""
+    check_in_any_number("native", ExpertShape(60, 700, 500, 2, 2, "swiglu"), True, dtype)
+
+
+def check_in_any_number(backend: str, shape: ExpertShape, few: bool, dtype: torch.dtype) -> None:
+    """Parts of a batch have the bits they have in the whole."""
     tensors, experts = problem(shape)
     tensors = {name: x.to(torch.float32 if name == "weights" else dtype) for name, x in tensors.items()}
-    whole = run_mlp(tensors, experts, "gelu_tanh", backend, few)
-    for first, last in ((0, 1), (7, 8), (3, 12), (100, 133), (299, 300), (40, 300)):
-        rows = slice(first, last)
+    whole, last = run_mlp(tensors, experts, shape.activation, backend, few), shape.tokens
+    for rows in map(slice, (0, 7, 3, last // 3, last - 1, 40), (1, 8, 12, last // 2, last, last)):
         part = {**tensors, "x": tensors["x"][rows], "weights": tensors["weights"][rows]}
-        assert torch.equal(run_mlp(part, experts[rows], "gelu_tanh", backend, few), whole[rows])
+        assert torch.equal(run_mlp(part, experts[rows], shape.activation, backend, few), whole[rows])
 
 
 @pytest.mark.parametrize("few", [True, False], ids=["few", "many"])
@@ -130,13 +141,14 @@ from tests.ops.test_experts import plan_of
 from unif2ace.ops import expert_mlp
 torch.manual_seed(0)
 draw = lambda *shape: torch.randint(-64, 65, shape) / 64  # torch draws normal numbers differently per instruction set
-for activation, inner in (("gelu", 24), ("gelu_tanh", 40), ("relu2", 33), ("geglu", 21), ("swiglu", 16)):
+few = ("gelu", 24, 13), ("gelu_tanh", 40, 13), ("relu2", 33, 13), ("geglu", 21, 13), ("swiglu", 16, 13)
+for activation, inner, tokens in (*few, ("silu", 37, 150)):
     rows = 2 * inner if "glu" in activation else inner
-    tensors = [draw(13, 40), draw(8, rows, 40) / 4, draw(8, 40, inner) / 4, draw(8, rows), draw(8, 40)]
-    plan = plan_of(torch.randint(8, (13, 2)), draw(13, 2), 8)
+    tensors = [draw(tokens, 40), draw(8, rows, 40) / 4, draw(8, 40, inner) / 4, draw(8, rows), draw(8, 40)]
+    plan = plan_of(torch.randint(8, (tokens, 2)), draw(tokens, 2), 8)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         x, *weights = (t.to(dtype) for t in tensors)
-        y = expert_mlp(x, plan, *weights, activation=activation, backend="native")
+        y = expert_mlp(x, plan, *weights, activation=activation, few=True, backend="native")
         digest.update(y.float().numpy().tobytes())
 """
 

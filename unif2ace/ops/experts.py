@@ -105,7 +105,8 @@ def expert_mlp(
         activation: one of `ACTIVATIONS`.
         few: by `native` on a CPU, few and many tokens take products that sum in different orders. None lets their
             number decide which; True and False choose, and then a token has the same bits in any number of them: True
-            where there are mostly a few per expert (decoding), False where there are many.
+            where there are mostly a few per expert (decoding), False where there are many. 4096 tokens take the way of
+            few in 1.2 to 1.5 times the time of the other in float32, in twice that time in bfloat16.
         backend: see `unif2ace.ops.use_backend`.
 
     Returns:
