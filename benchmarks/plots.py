@@ -80,8 +80,11 @@ def shown(result: Result) -> dict[str, float]:
 
 
 def speed_chart(found: list[Result], goal: float | None = None) -> Figure | None:
-    """Bars and marks: how many times as fast as the baseline. `goal` draws a dashed line there."""
-    found = [result for result in found if len(result.seconds) > 1]
+    """Bars and marks: how many times as fast as the baseline. `goal` draws a dashed line there.
+
+    Rows that compare no back ends, as those of single savings, are left to the table.
+    """
+    found = [result for result in found if any(name in OURS for name in result.seconds if name != result.baseline)]
     if not found:
         return None
     panels = [[r for r in found if r.info["op"] == op] for op in dict.fromkeys(r.info["op"] for r in found)]
