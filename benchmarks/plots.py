@@ -3,7 +3,7 @@
 * `speed`: one panel per op and one row per case, with a bar for each of our back ends and a mark for each library that
   does the same; a logarithmic axis, since 2x and 0.5x are equally far from 1x.
 * `roofline`: a point per measurement. Left, ops with FLOPs: arithmetic intensity (FLOP per byte of the algorithm)
-  against the rate reached, under the ceilings of the same session. Right, ops that only move bytes: bytes per second.
+  against the rate reached, under the ceilings of the same run. Right, ops that only move bytes: bytes per second.
 
 A variant has one colour everywhere. Of several variants of one library ("torch: this", "torch: that") a picture shows
 the fastest; the table has them all.
