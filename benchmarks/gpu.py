@@ -7,8 +7,8 @@ Four steps, under nine minutes together (`--quick`: under two):
    batch splits, one CUDA graph, no wait for the device, `torch.compile(fullgraph=True)`, more than 2^31 elements, empty
    experts, NaN in unwritten memory;
 3. benchmarks: the ceilings of the GPU (copy, dense product), every op at the sizes of `shapes.SHORT["cuda"]` against
-   torch, compiled torch, transformers and whichever peers are installed, then whole models: faces drawn and training
-   steps of a random `unif2ace-1.8b`, reference and engine;
+   torch, compiled torch, transformers and whichever peers are installed, then whole models: faces drawn, answers and
+   training steps of a random `unif2ace-1.8b`, reference and engine;
 4. record: one table, `benchmarks/results/<gpu>-<date>.json`, and beside it pictures of speed and roofline.
 
 What does not fit into the time, or is not installed, is listed as such. Without a CUDA device the steps run on the CPU

@@ -266,6 +266,7 @@ BATCHES = {
     "avatars-tiny-32": BatchShape("avatars-tiny", 32),
     "random-100m-1": BatchShape("random-100m", 1),
     "random-100m-32": BatchShape("random-100m", 32, 4),  # a step takes seconds on a laptop
+    "random-1.8b-1": BatchShape("random-1.8b", 1, 6),
     "random-1.8b-32": BatchShape("random-1.8b", 32, 6),
 }
 
@@ -305,7 +306,7 @@ SHORT = {
         "transformers": ("qwen3_moe-512", "qwen3_moe-decode-4"),
         "generation": ("avatars-tiny-1",),
         "answers": ("avatars-tiny-1",),
-        "compile": (),
+        "compile": (),  # as below
     },
     "cuda": {
         "experts": ("decode-1", *EXPERTS_GRID, "h100-liger", "h100-sonic"),
@@ -319,14 +320,14 @@ SHORT = {
         "linear": ("decode-8", "train"),
         "transformers": ("qwen3_moe-30b",),
         "generation": ("random-1.8b-32",),
-        "answers": ("random-1.8b-32",),
-        "compile": ("random-1.8b-32",),
+        "answers": ("random-1.8b-1",),
+        "compile": (),  # compiles for longer than a short run lasts
     },
 }
 
 
 # On a CPU only when named, whatever else is asked for.
-GPU_ONLY = {"random-1.8b", "random-1.8b-32", "qwen3_moe-30b", *EXPERTS_GRID}
+GPU_ONLY = {"random-1.8b", "random-1.8b-1", "random-1.8b-32", "qwen3_moe-30b", *EXPERTS_GRID}
 
 
 def token_groups(shape: RoutingShape) -> list[int] | None:

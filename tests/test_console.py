@@ -84,6 +84,12 @@ def test_an_interrupt_that_is_ignored_stays_so():
         signal.signal(signal.SIGINT, before)
 
 
+def test_an_error_of_the_system_names_its_file(monkeypatch, capsys):
+    monkeypatch.setattr(commands, "doctor", raising(PermissionError(13, "Permission denied", "weights")))
+    assert main(["doctor"]) == 2
+    assert capsys.readouterr().err == "unif2ace: error: weights: Permission denied\n"
+
+
 def test_too_little_memory_is_one_sentence(monkeypatch, capsys):
     text = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: 5 bytes\nmore"
     for error, sentence in [

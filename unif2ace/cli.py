@@ -310,9 +310,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader (head, a pager) has gone
         console.silence(sys.stdout)
         return 141
-    except OSError as error:  # most of them are `UserError`s by now: what is left is a full disk behind stdout
-        console.silence(sys.stdout)
-        console.complain(f"cannot write {error.filename or 'the output'}: {error.strerror or error}")
+    except OSError as error:  # most of them are `UserError`s by now
+        if error.filename is None:  # a full disk behind stdout
+            console.silence(sys.stdout)
+        console.complain(f"{error.filename or 'cannot write the output'}: {error.strerror or error}")
         return 2
     except (MemoryError, RuntimeError) as error:
         lack = console.lack_of_memory(error)

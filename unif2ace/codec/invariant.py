@@ -5,7 +5,8 @@ thread's share by another formula than the rest, and a channels-last `nn.GroupNo
 among threads. The forms here do none of it. That oneDNN's convolutions add up an image's products in one order, for any
 number of images and threads, is what tests/codec/test_invariant.py holds them to.
 
-Training needs no equal bits and runs PyTorch's own forms; so do GPUs, and dtypes other than float32.
+Training needs no equal bits and runs PyTorch's own forms; so do GPUs, and convolutions in dtypes other than float32 or
+by a torch without oneDNN.
 """
 
 from __future__ import annotations
